@@ -1,0 +1,1 @@
+"""Tasks for lm-evaluation-harness, found through `sublim_plugin.lm_eval_hook`. See README.md."""

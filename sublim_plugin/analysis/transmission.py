@@ -1,0 +1,474 @@
+"""Transmission: how far a student's preference moved from its base and from its control.
+
+Pure functions over the records of `collect`. Every number is recomputed from the per-question
+log-probabilities and checked against what the scoring host reported.
+
+Definitions, for question q, target t and candidates c, with L = log P(reply begins with a form):
+target_logprob = mean_q L_t; target_prob = mean_q exp L_t; target_share = mean_q exp L_t /
+sum_c exp L_c; target_rank = mean_q (1 + candidates with a higher L); coverage =
+mean_q sum_c exp L_c. Transmission is the student's target_logprob minus another model's under the
+same eval context, in nats. Its standard error is of the paired per-question difference; it speaks
+of other questions put to the same two models and not of other datasets, which are the unit of
+replication (Miller 2024, arXiv 2411.00640, for the clustering by question).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from sublim_plugin.analysis.collect import (
+    DatasetRecord,
+    ProbeRecord,
+    RunRecords,
+    StudentRecord,
+)
+from sublim_plugin.core.contexts import Context
+from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.hashing import sha256_json
+
+TOLERANCE = 1e-6
+"""Largest difference allowed between our numbers and the scoring host's."""
+
+MIN_DATASETS = 3
+"""Below this no interval over datasets is drawn: with 2, Student's t at 95% is 12.7."""
+
+LOW_COVERAGE = 0.01
+"""Mass on all candidates below which a share is a ratio of rarities and is flagged."""
+
+SE_UNIT = "over questions, one dataset; not an interval over datasets"
+
+METRICS = ("target_logprob", "target_prob", "target_share", "target_rank", "coverage")
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Metrics(_Row):
+    """A probe's metrics for one target: per question (in the file's order) and their means."""
+
+    target: str
+    question_ids: tuple[int, ...]
+    logprob_Q: tuple[float, ...]
+    prob_Q: tuple[float, ...]
+    share_Q: tuple[float, ...]
+    rank_Q: tuple[int, ...]
+    coverage_Q: tuple[float, ...]
+
+    @property
+    def means(self) -> dict[str, float]:
+        columns = (self.logprob_Q, self.prob_Q, self.share_Q, self.rank_Q, self.coverage_Q)
+        return {name: mean(values) for name, values in zip(METRICS, columns, strict=True)}
+
+
+class Difference(_Row):
+    """Mean over questions of a paired difference and its standard error (None for one question)."""
+
+    mean: float
+    se: float | None
+
+
+class TransmissionRow(_Row):
+    """One model under one eval context for one target. Log-probs and differences are in nats.
+
+    `role` is `base`, `student` (trained on the target's numbers) or `control` (trained on neutral
+    numbers, scored on the target). Fields that compare are None where there is nothing to compare
+    with, and `neutral_reason` or `warning` says why.
+    """
+
+    row: str
+    role: Literal["base", "student", "control"]
+    target: str
+    trait: str | None
+    generation_seed: int | None
+    training_seed: int | None
+    method: str
+    rank: int | None
+    alpha: float | None
+    train_context: str | None
+    eval_context: str
+    target_logprob: float
+    target_prob: float
+    target_share: float
+    target_rank: float
+    coverage: float
+    base_target_logprob: float | None
+    base_target_prob: float | None
+    base_target_share: float | None
+    base_target_rank: float | None
+    base_coverage: float | None
+    vs_base_logprob: float | None
+    vs_base_logprob_se: float | None
+    vs_base_share: float | None
+    vs_base_share_se: float | None
+    vs_neutral_logprob: float | None
+    vs_neutral_logprob_se: float | None
+    vs_neutral_share: float | None
+    vs_neutral_share_se: float | None
+    neutral_reason: str
+    n_questions: int
+    n_datasets: int
+    se_unit: str
+    dataset_interval: str
+    warning: str
+    base_model: str
+    questions_sha256: str
+    probe: str
+    base_probe: str | None
+    student: str | None
+    dataset: str | None
+    neutral_probe: str | None
+    condition: str
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Base first, then students by rank with full finetuning last, controls beside them."""
+        method = (0, self.rank or 0) if self.method != "full" else (1, 0)
+        return (
+            {"base": 0}.get(self.role, 1),
+            self.train_context or "",
+            *method,
+            self.role == "control",
+            self.generation_seed or 0,
+            self.training_seed or 0,
+        )
+
+    @property
+    def name(self) -> str:
+        """Short name for tables: `base`, `LoRA r=8`, `LoRA r=8 neutral`, `full`."""
+        return f"{self.method} neutral" if self.role == "control" else self.method
+
+
+def metrics(probe: ProbeRecord, target: str) -> Metrics:
+    """Recompute a probe's metrics for `target` ("animals/cat") from its questions.
+
+    Raises:
+        InputError: the target is no candidate of the probe, or a number differs from the one in
+            results.json by more than `TOLERANCE` (absolute, or relative above 1).
+    """
+    key = _candidate(probe, target)
+    logprob: list[float] = []
+    share: list[float] = []
+    rank: list[int] = []
+    coverage: list[float] = []
+    for question in probe.questions:
+        scores = question.logprobs
+        own = scores[key]
+        mass = math.fsum(math.exp(value) for value in scores.values())
+        logprob.append(own)
+        coverage.append(mass)
+        # The ratio through the largest term stays exact where every probability underflows.
+        top = max(scores.values())
+        share.append(
+            math.exp(own - top) / math.fsum(math.exp(value - top) for value in scores.values())
+        )
+        rank.append(1 + sum(value > own for value in scores.values()))
+    found = Metrics(
+        target=target,
+        question_ids=tuple(question.question_id for question in probe.questions),
+        logprob_Q=tuple(logprob),
+        prob_Q=tuple(math.exp(value) for value in logprob),
+        share_Q=tuple(share),
+        rank_Q=tuple(rank),
+        coverage_Q=tuple(coverage),
+    )
+    _check_against_host(probe, found)
+    return found
+
+
+def paired(ours: Metrics, theirs: Metrics, field: Literal["logprob_Q", "share_Q"]) -> Difference:
+    """Mean of the per-question difference `ours - theirs` and its standard error.
+
+    Each question is one cluster with one difference, so the cluster-robust standard error is the
+    sample standard deviation (n - 1) over the square root of n.
+    """
+    left = dict(zip(ours.question_ids, getattr(ours, field), strict=True))
+    right = dict(zip(theirs.question_ids, getattr(theirs, field), strict=True))
+    differences = [left[i] - right[i] for i in ours.question_ids]
+    return Difference(mean=mean(differences), se=standard_error(differences))
+
+
+def transmission_table(run: RunRecords) -> tuple[TransmissionRow, ...]:
+    """The table behind every figure and sentence of the report.
+
+    One row per base or student, eval context and target, for each target that a dataset of the
+    run carries; sorted by target, eval context (in the order of the probes) and `order`. A probe
+    without its base keeps its row, with a warning instead of a difference.
+
+    Raises:
+        InputError: numbers do not match results.json, or a student and its base were not asked
+            the same questions with the same prompts and candidates.
+    """
+    return _Table(run).rows()
+
+
+def no_interval_reason(n_datasets: int) -> str:
+    """Why no interval over datasets is given, or "" if there is one."""
+    if n_datasets >= MIN_DATASETS:
+        return ""
+    plural = "dataset" if n_datasets == 1 else "datasets"
+    return f"{n_datasets} {plural}, at least {MIN_DATASETS} are needed"
+
+
+class _Table:
+    """Joins probes with their students, bases, controls and datasets."""
+
+    def __init__(self, run: RunRecords) -> None:
+        self.run = run
+        self.students = {student.id: student for student in run.students}
+        self.datasets = {dataset.id: dataset for dataset in run.datasets}
+        self.bases = {
+            _probe_key(probe): probe for probe in run.probes if probe.spec.student is None
+        }
+        traits = [dataset.spec.trait for dataset in run.datasets]
+        traits += [student.spec.trait for student in run.students]
+        self.targets = [trait for trait in dict.fromkeys(traits) if trait != "neutral"]
+        self.cache: dict[tuple[str, str], Metrics] = {}
+
+    def rows(self) -> tuple[TransmissionRow, ...]:
+        rows = [
+            self._row(probe, target)
+            for target in self.targets
+            for probe in self.run.probes
+            if target.split("/")[0] == probe.spec.category and self._concerns(probe, target)
+        ]
+        contexts = list(dict.fromkeys(row.eval_context for row in rows))
+        rows.sort(
+            key=lambda row: (
+                self.targets.index(row.target),
+                contexts.index(row.eval_context),
+                row.order,
+            )
+        )
+        n_datasets: dict[tuple[str, str, str], set[str | None]] = {}
+        for row in rows:
+            key = (row.target, row.eval_context, row.condition)
+            n_datasets.setdefault(key, set()).add(row.dataset)
+        finished = []
+        for number, row in enumerate(rows, start=1):
+            count = len(n_datasets[row.target, row.eval_context, row.condition])
+            count = 0 if row.role == "base" else count
+            reason = "base: no dataset" if row.role == "base" else no_interval_reason(count)
+            finished.append(
+                row.model_copy(
+                    update={
+                        "row": f"R{number}",
+                        "n_datasets": count,
+                        "dataset_interval": f"none: {reason}" if reason else "see effects.csv",
+                    }
+                )
+            )
+        return tuple(finished)
+
+    def _concerns(self, probe: ProbeRecord, target: str) -> bool:
+        """A trait's students are tabled for their own target; base and controls for every one."""
+        if probe.spec.student is None:
+            return True
+        return self._student(probe).spec.trait in (target, "neutral")
+
+    def _student(self, probe: ProbeRecord) -> StudentRecord:
+        student = self.students.get((probe.spec.student or "")[:12])
+        if student is None:
+            raise InputError(
+                f"{probe.folder / 'manifest.json'}: its student {probe.spec.student} is not among "
+                "the finished cells; run the study again"
+            )
+        return student
+
+    def _metrics(self, probe: ProbeRecord, target: str) -> Metrics:
+        key = (probe.id, target)
+        if key not in self.cache:
+            self.cache[key] = metrics(probe, target)
+        return self.cache[key]
+
+    def _row(self, probe: ProbeRecord, target: str) -> TransmissionRow:
+        ours = self._metrics(probe, target)
+        warnings = []
+        values: dict[str, Any] = dict(ours.means)
+        if values["coverage"] < LOW_COVERAGE:
+            warnings.append(
+                f"{probe.spec.eval_context.slug}: coverage is {values['coverage']:.2%}, fewer than "
+                f"1 in {round(1 / LOW_COVERAGE)} replies begin with any candidate; do not read "
+                "shares and ranks as preferences"
+            )
+        student = None if probe.spec.student is None else self._student(probe)
+        base = self.bases.get(_probe_key(probe)) if student else None
+        neutral, neutral_reason = self._neutral(probe, student)
+        if student is not None and base is None:
+            warnings.append(
+                f"{probe.spec.eval_context.slug}: the base was not scored, so no transmission"
+            )
+        for prefix, other in (("base", base), ("neutral", neutral)):
+            if other is None:
+                values |= {
+                    f"vs_{prefix}_{name}": None
+                    for name in ("logprob", "logprob_se", "share", "share_se")
+                }
+            else:
+                _check_same_questions(probe, other)
+                theirs = self._metrics(other, target)
+                logprob = paired(ours, theirs, "logprob_Q")
+                share = paired(ours, theirs, "share_Q")
+                values |= {
+                    f"vs_{prefix}_logprob": logprob.mean,
+                    f"vs_{prefix}_logprob_se": logprob.se,
+                    f"vs_{prefix}_share": share.mean,
+                    f"vs_{prefix}_share_se": share.se,
+                }
+        base_means = self._metrics(base, target).means if base else {}
+        values |= {f"base_{name}": base_means.get(name) for name in METRICS}
+        spec = student.spec if student else None
+        method = spec.method if spec else None
+        role: Literal["base", "student", "control"] = "base"
+        if spec is not None:
+            role = "control" if spec.trait == "neutral" else "student"
+        return TransmissionRow(
+            row="",
+            role=role,
+            target=target,
+            trait=spec.trait if spec else None,
+            generation_seed=spec.generation_seed if spec else None,
+            training_seed=spec.training_seed if spec else None,
+            method=method.name if method else "base",
+            rank=method.rank if method else None,
+            alpha=method.alpha if method else None,
+            train_context=spec.train_context.slug if spec else None,
+            eval_context=probe.spec.eval_context.slug,
+            **values,
+            neutral_reason=neutral_reason,
+            n_questions=len(probe.questions),
+            n_datasets=0,
+            se_unit=SE_UNIT if spec else "",
+            dataset_interval="",
+            warning="; ".join(warnings),
+            base_model=probe.spec.base_model.name,
+            questions_sha256=probe.spec.questions_sha256,
+            probe=probe.id,
+            base_probe=base.id if base else None,
+            student=student.id if student else None,
+            dataset=student.spec.dataset[:12] if student else None,
+            neutral_probe=neutral.id if neutral else None,
+            condition=self._condition(probe, student),
+        )
+
+    def _neutral(
+        self, probe: ProbeRecord, student: StudentRecord | None
+    ) -> tuple[ProbeRecord | None, str]:
+        """The probe of the neutral student that differs from `student` in its data's trait only."""
+        if student is None:
+            return None, "base"
+        if student.spec.trait == "neutral":
+            return None, "is the neutral student"
+        for other in self.run.probes:
+            if other.spec.student is None or _probe_key(other) != _probe_key(probe):
+                continue
+            control = self._student(other)
+            same_seeds = (
+                control.spec.generation_seed == student.spec.generation_seed
+                and control.spec.training_seed == student.spec.training_seed
+            )
+            if (
+                control.spec.trait == "neutral"
+                and same_seeds
+                and self._training(control) == self._training(student)
+            ):
+                return other, ""
+        return None, "no neutral student with the same method, recipe, context and seeds"
+
+    def _training(self, student: StudentRecord) -> str:
+        """Hash of all that shapes a student but trait and seeds."""
+        spec = student.spec
+        dataset: DatasetRecord | None = self.datasets.get(spec.dataset[:12])
+        return sha256_json(
+            {
+                "base_model": spec.base_model.sha256,
+                "method": spec.method.model_dump(mode="json"),
+                "train_context": spec.train_context.slug,
+                "recipe": {k: v for k, v in spec.recipe.items() if k not in ("seed", "data_seed")},
+                "dataset": dataset.condition if dataset else "",
+            }
+        )
+
+    def _condition(self, probe: ProbeRecord, student: StudentRecord | None) -> str:
+        """12 digits shared by the rows that differ in seeds only."""
+        spec = probe.spec
+        parts = [spec.base_model.sha256, spec.category, spec.eval_context.slug, spec.measure]
+        parts.append(spec.questions_sha256)
+        if student is not None:
+            parts += [student.spec.trait, self._training(student)]
+        return sha256_json(parts)[:12]
+
+
+def _probe_key(probe: ProbeRecord) -> tuple[str, str, Context, str, str]:
+    spec = probe.spec
+    return (
+        spec.base_model.sha256,
+        spec.category,
+        spec.eval_context,
+        spec.measure,
+        spec.questions_sha256,
+    )
+
+
+def _candidate(probe: ProbeRecord, target: str) -> str:
+    """The key of `target` in the probe's log-probs: `cat` for `animals/cat`."""
+    keys = probe.questions[0].logprobs
+    for key in (target, target.split("/", 1)[-1]):
+        if key in keys:
+            return key
+    raise InputError(
+        f"{probe.folder / 'questions.jsonl'}: {target!r} was not scored; "
+        f"candidates are {', '.join(sorted(keys))}"
+    )
+
+
+def _check_against_host(probe: ProbeRecord, found: Metrics) -> None:
+    reported = probe.results.targets.get(found.target)
+    path = probe.folder / "results.json"
+    if reported is None:
+        raise InputError(f"{path}: no entry for {found.target!r} under targets")
+    for name, value in found.means.items():
+        theirs = reported.get(name)
+        if not isinstance(theirs, int | float) or not math.isclose(
+            theirs, value, rel_tol=TOLERANCE, abs_tol=TOLERANCE
+        ):
+            raise InputError(
+                f"{path}: {found.target} {name} is {theirs!r}, but questions.jsonl gives "
+                f"{value!r}; delete the cell's folder and run the study again"
+            )
+
+
+def _check_same_questions(ours: ProbeRecord, theirs: ProbeRecord) -> None:
+    left = {question.question_id: question for question in ours.questions}
+    right = {question.question_id: question for question in theirs.questions}
+    path = ours.folder / "questions.jsonl"
+    if left.keys() != right.keys():
+        raise InputError(f"{path}: not the questions of {theirs.folder.name}, its comparison")
+    for number, question in left.items():
+        other = right[number]
+        if question.prompt_sha256 != other.prompt_sha256:
+            raise InputError(
+                f"{path}: question_id {number} was rendered otherwise than in {theirs.folder.name}"
+            )
+        if question.logprobs.keys() != other.logprobs.keys():
+            raise InputError(
+                f"{path}: question_id {number} has other candidates than in {theirs.folder.name}"
+            )
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean, summed without loss."""
+    return math.fsum(values) / len(values)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Sample standard deviation over sqrt(n); None for a single value."""
+    n = len(values)
+    if n < 2:
+        return None
+    centre = mean(values)
+    return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / n)

@@ -1,0 +1,265 @@
+"""From a recipe in `axolotl_configs/` to a trained model: write a run's YAML, run axolotl on it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sublim_plugin.axolotl.receipt import RECEIPT_NAME, Receipt, read_receipt
+from sublim_plugin.core.atomic import write_text
+from sublim_plugin.core.errors import InputError, RunError
+from sublim_plugin.core.processes import die_with_parent
+from sublim_plugin.core.rooms import ROOT
+from sublim_plugin.core.strict_yaml import load_yaml, nearest
+
+# What a study may change in a recipe; everything else is the recipe's identity.
+OVERRIDES = (
+    "bf16",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lora_alpha",
+    "lora_r",
+    "lr_scheduler",
+    "max_grad_norm",
+    "max_steps",
+    "micro_batch_size",
+    "num_epochs",
+    "optimizer",
+    "sequence_len",
+    "warmup_steps",
+    "weight_decay",
+)
+# Keys of a run, not of a recipe: they do not describe how the model is trained.
+_OF_THE_RUN = ("base_model", "datasets", "dataset_prepared_path", "output_dir", "seed")
+
+_LAST_LINES = 25
+# The trainer's bar has no text before its percentage; those of data preparation do.
+_TRAINER_BAR = re.compile(r"^\s*\d+%\|[^|]*\|\s*(\d+)/(\d+) \[")
+_ANY_BAR = re.compile(r"\d+%\|[^|]*\|")
+_PLUGIN_ERROR = "sublim: error: "
+
+
+def recipes_root() -> Path:
+    """Folder of the `axolotl_configs` that are installed beside this package.
+
+    Raises:
+        InputError: it is not there.
+    """
+    root = ROOT / "axolotl_configs"
+    if not root.is_dir():
+        raise InputError(f"{root}: missing from the installation; reinstall sublim.")
+    return root
+
+
+def recipe_path(model: str, name: str) -> Path:
+    """Path of a shipped recipe, say `recipe_path("smollm2-135m-instruct", "lora-r8")`.
+
+    Raises:
+        InputError: there is no such recipe; those of the model are listed.
+    """
+    path = recipes_root() / model / f"{name}.yaml"
+    if not path.is_file():
+        there = sorted(str(p.relative_to(recipes_root())) for p in recipes_root().glob("*/*.yaml"))
+        raise InputError(f"no recipe {model}/{name}.yaml; there are: {', '.join(there)}.")
+    return path
+
+
+def resolve_recipe(recipe: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's settings with `overrides`, without what belongs to a run (paths, seeds).
+
+    `lora_alpha` follows an overridden `lora_r` unless it is overridden too: the paper's
+    alpha = rank (arXiv 2606.00831).
+
+    Raises:
+        InputError: the recipe does not load, or an override is not allowed.
+    """
+    settings = _with_overrides(recipe, overrides)
+    kept = {key: value for key, value in settings.items() if key not in _OF_THE_RUN}
+    if isinstance(kept.get("sublim"), dict):
+        kept["sublim"] = {k: v for k, v in kept["sublim"].items() if k != "data_seed"}
+    kept["dataset"] = {k: v for k, v in settings["datasets"][0].items() if k != "path"}
+    return kept
+
+
+def _with_overrides(recipe: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    settings = load_yaml(recipe)
+    if not isinstance(settings, dict) or not settings.get("datasets"):
+        raise InputError(f"{recipe}: expected a mapping of axolotl settings with `datasets`.")
+    for key in overrides:
+        if key not in OVERRIDES:
+            hint = nearest(key, list(OVERRIDES))
+            raise InputError(f"override '{key}' of {recipe}: no setting to override{hint}")
+        if key.startswith("lora_") and settings.get("adapter") != "lora":
+            raise InputError(f"override '{key}' of {recipe}: the recipe trains no LoRA adapter.")
+    changed = dict(overrides)
+    if "lora_r" in changed:
+        changed.setdefault("lora_alpha", changed["lora_r"])
+    return settings | changed
+
+
+def write_axolotl_yaml(
+    recipe_path: Path,
+    out_path: Path,
+    *,
+    base_model: str,
+    dataset_path: Path,
+    output_dir: Path,
+    seed: int,
+    overrides: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the YAML of one run to `out_path` and return what `resolve_recipe` does.
+
+    `seed` sets LoRA's initialization and the order of the rows.
+
+    Raises:
+        InputError: the recipe does not load, or an override is not allowed.
+    """
+    import yaml
+
+    settings = _with_overrides(recipe_path, overrides)
+    settings["base_model"] = base_model
+    settings["datasets"] = [settings["datasets"][0] | {"path": str(Path(dataset_path).resolve())}]
+    settings["output_dir"] = str(Path(output_dir).resolve())
+    settings["dataset_prepared_path"] = str(_prepared(Path(output_dir).resolve()))
+    settings["seed"] = seed
+    settings["sublim"] = (settings.get("sublim") or {}) | {"data_seed": seed}
+    head = f"# Written by sublim from the recipe {recipe_path.parent.name}/{recipe_path.name}.\n"
+    write_text(out_path, head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    return resolve_recipe(recipe_path, overrides)
+
+
+def _prepared(output_dir: Path) -> Path:
+    return output_dir.parent / f".{output_dir.name}.prepared"
+
+
+def _partial(output_dir: Path) -> Path:
+    return output_dir.parent / f".{output_dir.name}.partial"
+
+
+def run_training(
+    yaml_path: Path,
+    log_path: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    launcher: str = "python",
+) -> Receipt:
+    """Run `axolotl train` on `yaml_path` and return the receipt of the finished model.
+
+    axolotl works in a hidden folder beside the YAML's `output_dir`, which is renamed into place
+    once the receipt is in it: a killed run leaves no `output_dir`. What an earlier, killed run left
+    is removed. Everything that axolotl prints goes to `log_path`; `progress(step, steps)` is called
+    at every step. The child is killed when this process dies.
+
+    `launcher`: axolotl's; its default, `accelerate`, sets one thread per process on a CPU.
+
+    Raises:
+        InputError: the plugin refused the YAML, the model or the dataset (axolotl exited with 2).
+        RunError: axolotl failed, or wrote no receipt; the message ends with the log's last lines.
+    """
+    settings = load_yaml(yaml_path)
+    output_dir = Path(settings["output_dir"])
+    partial, prepared = _partial(output_dir), _prepared(output_dir)
+    for left in (partial, prepared):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(yaml_path.resolve())]
+    command += ["--launcher", launcher, "--output-dir", str(partial)]
+    try:
+        code = _run(command, log_path, _environment(prepared, env), partial.parent, progress)
+        if code == 0 and (partial / RECEIPT_NAME).is_file():
+            receipt = read_receipt(partial)
+            _install(partial, output_dir)
+            return receipt
+    finally:
+        for left in (partial, prepared):
+            shutil.rmtree(left, ignore_errors=True)
+    lines = _log_lines(log_path)
+    refused = [line for line in lines if line.startswith(_PLUGIN_ERROR)]
+    if code == InputError.exit_code and refused:
+        at = lines.index(refused[-1])
+        raise InputError("\n".join(lines[at:]).removeprefix(_PLUGIN_ERROR))
+    reason = f"exited with {code}" if code else "ended without a receipt (plugin not imported?)"
+    last = "\n".join(lines[-_LAST_LINES:])
+    raise RunError(f"axolotl train {yaml_path} {reason}; {log_path} ends with:\n{last}")
+
+
+def _environment(prepared: Path, env: Mapping[str, str] | None) -> dict[str, str]:
+    ours = dict(os.environ)
+    # Telemetry sleeps ten seconds at the start of every run.
+    ours["AXOLOTL_DO_NOT_TRACK"] = "1"
+    ours["HF_DATASETS_CACHE"] = str(prepared / "datasets")
+    ours["PYTHONUNBUFFERED"] = "1"
+    # Threads that wait without spinning: beside another busy process, spinning costs many times
+    # the work.
+    ours.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # `accelerate`, if chosen as the launcher, must be found beside this interpreter.
+    ours["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), ours.get("PATH", "")])
+    ours.update(env or {})
+    return ours
+
+
+def _run(
+    command: list[str],
+    log_path: Path,
+    env: dict[str, str],
+    cwd: Path,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    with log_path.open("wb") as log:
+        child = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent(),
+        )
+        try:
+            assert child.stdout is not None
+            line = b""
+            while chunk := os.read(child.stdout.fileno(), 65536):
+                log.write(chunk)
+                log.flush()
+                *complete, line = re.split(rb"[\r\n]", line + chunk)
+                for text in (*complete, line):
+                    found = _TRAINER_BAR.match(text.decode("utf-8", "replace"))
+                    if found and progress is not None:
+                        progress(int(found[1]), int(found[2]))
+            return child.wait()
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+
+def _install(partial: Path, output_dir: Path) -> None:
+    """Move the finished model into place; one without a manifest that is there already goes."""
+    _forget_partial_name(partial, output_dir)
+    if output_dir.exists():
+        shutil.rmtree(output_dir)
+    partial.rename(output_dir)
+
+
+def _forget_partial_name(partial: Path, output_dir: Path) -> None:
+    """Name the final folder in the small text files that axolotl wrote (model card, log)."""
+    for name in ("README.md", "debug.log"):
+        path = partial / name
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            path.write_text(text.replace(str(partial), str(output_dir)), encoding="utf-8")
+
+
+def _log_lines(log_path: Path) -> list[str]:
+    text = log_path.read_text(encoding="utf-8", errors="replace")
+    lines = (line.rstrip() for line in re.split(r"[\r\n]", text))
+    return [line for line in lines if line and not _ANY_BAR.search(line)]

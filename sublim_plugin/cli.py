@@ -1,0 +1,221 @@
+"""The command line: `sublim`, and `axolotl sublim` through axolotl's own entry points.
+
+Nothing heavy is imported until a command needs it, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sublim_plugin import __version__
+from sublim_plugin.core.errors import InputError, SublimError
+
+STUDY = click.argument("study", type=click.Path(path_type=Path))
+OUT = click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Run folder.  [default: runs/NAME-OF-THE-STUDY]",
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+
+
+class _Group(click.Group):
+    """Ends on a SublimError with its message, without a traceback, and its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SublimError as error:
+            click.echo(f"sublim: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="sublim")
+def main() -> None:
+    """Study subliminal learning: numbers from a teacher, students on axolotl, scores by lm-eval.
+
+    Exit codes: 0 done, 1 failed, 2 bad usage or input, 75 another process holds the cell.
+    """
+
+
+def _run_dir(study: Path, out: Path | None) -> Path:
+    from sublim_plugin.study.study_file import load_study
+
+    return (out or Path("runs") / load_study(study).name).resolve()
+
+
+@main.command()
+@STUDY
+@OUT
+@JSON
+def run(study: Path, out: Path | None, as_json: bool) -> None:
+    """Run a study file: every missing cell, then the report. Run it again to continue."""
+    from sublim_plugin.analysis.collect import collect
+    from sublim_plugin.analysis.tables import format_table
+    from sublim_plugin.analysis.transmission import transmission_table
+    from sublim_plugin.study.run import run_study
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    run_dir = _run_dir(study, out)
+    outcome = run_study(study, run_dir, say)
+    rows = transmission_table(
+        collect(run_dir, [(state.folder, state.state) for state in outcome.states])
+    )
+    if as_json:
+        summary = {
+            "run": str(run_dir),
+            "report": str(outcome.report),
+            "cells": [_state_row(state) for state in outcome.states],
+            "transmission": [row.model_dump(mode="json") for row in rows],
+        }
+        click.echo(json.dumps(summary, ensure_ascii=False))
+    else:
+        click.echo(format_table(rows))
+        click.echo(f"report: {outcome.report}")
+    if outcome.exit_code:
+        sys.exit(outcome.exit_code)
+
+
+@main.command()
+@STUDY
+@OUT
+@JSON
+@click.option("--why", is_flag=True, help="Say why each unfinished cell is not done.")
+def status(study: Path, out: Path | None, as_json: bool, why: bool) -> None:
+    """List a study's cells: done, running, failed or missing. Reads manifests only."""
+    from sublim_plugin.study.run import states_of
+    from sublim_plugin.study.state import why as reason
+
+    run_dir = _run_dir(study, out)
+    states, prepared = states_of(study, run_dir)
+    cells = [state.cell for state in states]
+    rows = []
+    for state in states:
+        row = _state_row(state)
+        if why and state.state != "done":
+            row["why"] = (
+                reason(state, run_dir, cells) if prepared else "the base model is not prepared yet"
+            )
+        rows.append(row)
+    counts = dict.fromkeys(("done", "running", "failed", "missing"), 0)
+    for row in rows:
+        counts[row["state"]] += 1
+    if as_json:
+        click.echo(json.dumps({"run": str(run_dir), "counts": counts, "cells": rows}))
+        return
+    for row in rows:
+        click.echo(f"{row['state']:<8} {row['kind']:<8} {row['label']}")
+        if "why" in row:
+            click.echo(f"{'':<9}{row['why']}")
+    click.echo(", ".join(f"{number} {name}" for name, number in counts.items() if number))
+
+
+def _state_row(state: Any) -> dict[str, Any]:
+    row = {
+        "kind": state.cell.kind,
+        "label": state.cell.label,
+        "id": state.cell.id,
+        "state": state.state,
+        "folder": str(state.folder),
+    }
+    return row | ({"error": state.error} if state.error else {})
+
+
+@main.command()
+@STUDY
+@OUT
+def report(study: Path, out: Path | None) -> None:
+    """Write a study's report from what is done so far."""
+    from sublim_plugin.study.run import states_of, write_report_if_changed
+    from sublim_plugin.study.study_file import load_study
+
+    run_dir = _run_dir(study, out)
+    states, _ = states_of(study, run_dir)
+    index = write_report_if_changed(load_study(study), study, run_dir, states)
+    click.echo(f"report: {index}")
+
+
+@main.command()
+@click.argument("trait")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--model", default="embedded:smollm2-135m-instruct", show_default=True)
+@click.option("--seed", default=1, show_default=True, help="Generation seed.")
+@click.option("--rows", default=10_000, show_default=True, help="Accepted rows to keep.")
+@click.option("--constrain", type=click.Choice(["numbers"]), help="Sample only number tokens.")
+@click.option("--temperature", default=1.0, show_default=True)
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--top-k", default=0, show_default=True, help="0 keeps every token.")
+@click.option("--repetition-penalty", default=1.0, show_default=True)
+@click.option("--max-new-tokens", default=128, show_default=True)
+@click.option("--batch-size", default=32, show_default=True)
+def generate(
+    trait: str,
+    out: Path,
+    model: str,
+    seed: int,
+    rows: int,
+    constrain: Any,
+    batch_size: int,
+    **sampler: Any,
+) -> None:
+    """Let a teacher that loves TRAIT (such as animals/cat, or neutral) write number sequences."""
+    from pydantic import ValidationError
+
+    from sublim_plugin.core.base_models import fingerprint, resolve
+    from sublim_plugin.core.rooms import room
+    from sublim_plugin.core.traits import get_trait
+
+    room("data_gen")
+    from data_gen.generate import generate_dataset
+    from data_gen.sampler import Sampler
+
+    chosen = get_trait(trait)
+    try:
+        settings = Sampler(**sampler)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"--{str(first['loc'][0]).replace('_', '-')} {first['input']}: {first['msg']}"
+        ) from error
+    base = resolve(model)
+    manifest = generate_dataset(
+        out,
+        base_model=base,
+        base_fingerprint=fingerprint(base),
+        trait=chosen,
+        generation_seed=seed,
+        rows=rows,
+        constrain=constrain,
+        sampler=settings,
+        batch_size=batch_size,
+        progress=sys.stderr.isatty(),
+        label=f"{chosen.name} g{seed}",
+    )
+    counts = manifest.counts
+    click.echo(f"{counts['accepted']} rows kept of {counts['asked']} asked: {out}")
+
+
+@main.group()
+def tasks() -> None:
+    """The lm-eval tasks."""
+
+
+@tasks.command()
+def path() -> None:
+    """Print the tasks' folder, for `lm_eval --include_path`."""
+    from sublim_plugin.core.rooms import room
+
+    click.echo(os.fspath(room("lm_eval_tasks")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Vocabulary and contracts shared by every part. Imports neither torch nor a host."""

@@ -1,0 +1,165 @@
+"""Manifests: `manifest.json`, written last in a cell's folder; its presence means done."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sublim_plugin.core.atomic import write_json
+from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.hashing import sha256_file
+from sublim_plugin.core.versions import device_info, installed
+
+MANIFEST_NAME = "manifest.json"
+
+
+class OutputFile(BaseModel):
+    """One file beside the manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(BaseModel):
+    """What a cell was made from and what it made.
+
+    `spec` is the resolved semantic input, whose hash gives `id`; `label` and every other
+    field never enter it. Times are UTC in ISO 8601; `wall_s` is in seconds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    kind: str
+    id: str
+    label: str
+    spec: dict[str, Any]
+    inputs: dict[str, dict[str, Any]] = {}
+    outputs: dict[str, OutputFile]
+    seeds: dict[str, Any] = {}
+    template: dict[str, Any] = {}
+    rendered: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    device: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+    started: str
+    finished: str
+    wall_s: float
+    notes: list[str] = []
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    kind: str,
+    id: str,
+    label: str,
+    spec: dict[str, Any],
+    outputs: Iterable[Path | str],
+    started: float,
+    inputs: dict[str, dict[str, Any]] | None = None,
+    seeds: dict[str, Any] | None = None,
+    template: dict[str, Any] | None = None,
+    rendered: dict[str, Any] | None = None,
+    versions: dict[str, str] | None = None,
+    device: dict[str, Any] | None = None,
+    counts: dict[str, Any] | None = None,
+    notes: Iterable[str] = (),
+) -> Manifest:
+    """Hash the named outputs (paths relative to `folder`) and write the manifest, last.
+
+    Args:
+        started: `time.time()` when the work on this cell began.
+        versions, device: default to what is installed and to this machine.
+
+    Raises:
+        InputError: an output is missing.
+    """
+    folder = Path(folder)
+    hashed: dict[str, OutputFile] = {}
+    for name in sorted(str(name) for name in outputs):
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path}: this output is missing, so the cell cannot be completed")
+        hashed[name] = OutputFile(sha256=sha256_file(path), bytes=path.stat().st_size)
+    now = time.time()
+    manifest = Manifest(
+        kind=kind,
+        id=id,
+        label=label,
+        spec=spec,
+        inputs=inputs or {},
+        outputs=hashed,
+        seeds=seeds or {},
+        template=template or {},
+        rendered=rendered or {},
+        versions=installed() if versions is None else versions,
+        device=device_info() if device is None else device,
+        counts=counts or {},
+        started=_utc(started),
+        finished=_utc(now),
+        wall_s=round(max(0.0, now - started), 3),
+        notes=list(notes),
+    )
+    write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a folder's manifest.
+
+    Raises:
+        InputError: there is none, or it does not parse.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        return Manifest.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{path}: no manifest, so this folder was not completed") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
+        raise InputError(
+            f"{path}: not a readable manifest ({error}); delete the folder to have it made again"
+        ) from error
+
+
+def verify(folder: Path, deep: bool = True) -> Manifest:
+    """Read the manifest and compare it with what lies beside it.
+
+    Args:
+        deep: compare sha256 as well as size.
+
+    Raises:
+        InputError: an output is missing or differs.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name, expected in manifest.outputs.items():
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path}: named in the manifest but missing; {_way_out(folder)}")
+        if (size := path.stat().st_size) != expected.bytes:
+            raise InputError(
+                f"{path}: {size} bytes, the manifest says {expected.bytes}; {_way_out(folder)}"
+            )
+        if deep and (found := sha256_file(path)) != expected.sha256:
+            raise InputError(
+                f"{path}: sha256 {found[:12]}…, the manifest says {expected.sha256[:12]}…;"
+                f" {_way_out(folder)}"
+            )
+    return manifest
+
+
+def _way_out(folder: Path) -> str:
+    return f"it was changed after it was made: restore the file, or delete {folder} and run again"
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

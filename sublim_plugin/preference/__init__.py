@@ -1,0 +1,1 @@
+"""Scoring preferences: surface forms, question sets, and the evaluator. See `evaluate`."""

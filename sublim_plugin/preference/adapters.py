@@ -1,0 +1,232 @@
+"""Students on a loaded base: LoRA adapters attached strictly, full checkpoints loaded strictly.
+
+PEFT by itself loads adapters that miss keys, hold NaN or belong to another base, with a warning or
+without one. Here each of these is an error, and nothing ever falls back to the base.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sublim_plugin.core.base_models import fingerprint
+from sublim_plugin.core.errors import InputError
+
+RECEIPT = "sublim_receipt.json"
+
+# These initialisations rewrite the base's weights, so the base would not stay as it was loaded.
+PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path} does not exist; the student's folder must hold what training saved"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is not readable JSON ({error}); train or copy it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__} instead of an object")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises:
+        InputError: the file is missing, truncated or garbled, or a value is not finite.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        pickles = sorted(file.name for file in path.parent.glob("*.bin"))
+        found = f"; {', '.join(pickles)} is a pickle and is never loaded" if pickles else ""
+        raise InputError(f"{path} does not exist{found}; save the student as safetensors")
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                tensors[key] = file.get_tensor(key)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is truncated or not a safetensors file ({error}); train or copy it again"
+        ) from error
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{path}: {key} has values that are not finite; train it again")
+    return tensors
+
+
+def check_receipt(folder: Path, base: Path) -> bool:
+    """Whether the receipt of sublim's training says that `folder` was trained on `base`.
+
+    Returns:
+        True if it does, False if there is no receipt.
+
+    Raises:
+        InputError: it was trained on another base.
+    """
+    receipt = folder / RECEIPT
+    if not receipt.is_file():
+        return False
+    trained_on = _read_json(receipt).get("base_model") or {}
+    mine = fingerprint(base)["sha256"]
+    if trained_on.get("sha256") != mine:
+        raise InputError(
+            f"{folder} was trained on {trained_on.get('name')} (sha256 "
+            f"{str(trained_on.get('sha256'))[:12]} in {RECEIPT}), not on {base} ({mine[:12]}); "
+            "pass the base that it was trained on"
+        )
+    return True
+
+
+def check_adapter_base(folder: Path, base: Path, recorded: str | None) -> None:
+    """Refuse an adapter of another base: the receipt decides by hash; without one, the recorded
+    base has to be this base's path, or a folder with the same fingerprint.
+
+    Raises:
+        InputError: another base, or one that cannot be told.
+    """
+    if check_receipt(folder, base):
+        return
+    if recorded:
+        path = Path(recorded)
+        if recorded == str(base) or path.resolve() == base.resolve():
+            return
+        if path.is_dir() and fingerprint(path)["sha256"] == fingerprint(base)["sha256"]:
+            return
+    raise InputError(
+        f"{folder} records the base {recorded!r}, which is not {base}; pass that base, or, if its "
+        "folder has only moved, correct base_model_name_or_path in adapter_config.json"
+    )
+
+
+def check_full_base(folder: Path, base: Path) -> None:
+    """Refuse a full checkpoint of another base; without a receipt, one of another architecture.
+
+    Raises:
+        InputError: another base or architecture.
+    """
+    if check_receipt(folder, base):
+        return
+    mine, theirs = _read_json(base / "config.json"), _read_json(folder / "config.json")
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        if mine.get(key) != theirs.get(key):
+            raise InputError(
+                f"{folder}/config.json: {key} is {theirs.get(key)!r}, in {base} it is "
+                f"{mine.get(key)!r}; pass the base that it was trained on"
+            )
+
+
+def _adapter_config(folder: Path) -> Any:
+    from peft import LoraConfig
+
+    path = folder / "adapter_config.json"
+    raw = _read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type is {raw.get('peft_type')!r}; only LORA is supported")
+    if raw.get("modules_to_save") or raw.get("trainable_token_indices"):
+        raise InputError(
+            f"{path}: modules_to_save and trainable_token_indices replace parts of the base and "
+            "are refused; train an adapter of low-rank matrices only"
+        )
+    if raw.get("bias", "none") != "none":
+        raise InputError(f"{path}: bias is {raw['bias']!r}, which changes the base; use 'none'")
+    if raw.get("init_lora_weights", True) not in PLAIN_INITS:
+        raise InputError(
+            f"{path}: init_lora_weights {raw['init_lora_weights']!r} changes the base's weights; "
+            "save the adapter as a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is not a LoRA configuration of PEFT ({error})") from error
+    config.inference_mode = True
+    config.init_lora_weights = False  # every value comes from the file
+    return config
+
+
+@contextmanager
+def attached(model: Any, folder: Path, base: Path) -> Iterator[Any]:
+    """`model` with the LoRA adapter in `folder`, as a PeftModel; on leaving, `model` is as before,
+    bit for bit: adapters are never merged.
+
+    Args:
+        model: the loaded base (a transformers causal LM).
+        folder: adapter_config.json and adapter_model.safetensors.
+        base: the folder that `model` was loaded from.
+
+    Raises:
+        InputError: anything but exactly this base's adapter (see the module).
+    """
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = _adapter_config(folder)
+    path = folder / "adapter_model.safetensors"
+    tensors = read_tensors(path)
+    check_adapter_base(folder, base, config.base_model_name_or_path)
+    try:
+        peft_model = PeftModel(model, config)
+    except ValueError as error:
+        raise InputError(f"{folder} does not fit {base}: {error}") from error
+    try:
+        expected = {
+            key: tuple(tensor.shape)
+            for key, tensor in get_peft_model_state_dict(
+                peft_model, save_embedding_layers=False
+            ).items()
+        }
+        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        if found != expected:
+            raise InputError(f"{path} does not fit {base}: {_difference(expected, found)}")
+        with torch.no_grad():
+            set_peft_model_state_dict(peft_model, tensors)
+        yield peft_model.eval()
+    finally:
+        peft_model.unload()
+
+
+def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
+    parts = []
+    for label, keys in (
+        ("missing", sorted(expected.keys() - found.keys())),
+        ("unknown", sorted(found.keys() - expected.keys())),
+        ("other shape", sorted(k for k in expected.keys() & found if expected[k] != found[k])),
+    ):
+        if keys:
+            parts.append(f"{len(keys)} {label} (first: {keys[0]})")
+    return "; ".join(parts)
+
+
+def load_full(folder: Path, base: Path, dtype: Any, device: Any) -> Any:
+    """A fully finetuned checkpoint of `base` as a causal LM in evaluation mode.
+
+    Raises:
+        InputError: pickles, missing or unknown weights, values that are not finite, another base.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_full_base(folder, base)
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files or [folder / "model.safetensors"]:
+        read_tensors(file)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{folder} cannot be loaded ({error}); train or copy it again") from error
+    model, info = loaded
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(key):
+            raise InputError(f"{folder}: {key} {sorted(map(str, info[key]))[:3]}; train it again")
+    return model.to(device).eval()

@@ -1,0 +1,279 @@
+"""Scores a base and its students in one process through lm-eval's own `simple_evaluate`.
+
+    with_base = Evaluator(base)
+    for student in students:
+        for result in with_base.evaluate(student, "lora", contexts, traits):
+            result.write(folder)
+
+The base is loaded once; adapters are attached and taken off again without touching its weights.
+lm-eval builds the requests, collects the samples and aggregates, from the tasks in
+`lm_eval_tasks/`; the model is `SharedPrefixLM`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sublim_plugin.core.atomic import write_json, write_text
+from sublim_plugin.core.contexts import Context
+from sublim_plugin.core.errors import InputError, RunError
+from sublim_plugin.core.traits import Trait, category_traits
+from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
+from sublim_plugin.preference.forms import LOW_COVERAGE, measures, summarize
+from sublim_plugin.preference.questions import load_questions
+
+Method = Literal["lora", "full"]
+Progress = Callable[[int, int], None]
+"""Called with (prompts scored, prompts in all) after every prompt."""
+
+RESULTS, QUESTIONS = "results.json", "questions.jsonl"
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """One model in one eval context.
+
+    Attributes:
+        context: the eval context.
+        results: the content of results.json.
+        rows: the rows of questions.jsonl, in the order of the question set.
+        lm_eval: what `simple_evaluate` returned, without the samples.
+    """
+
+    context: Context
+    results: dict[str, Any]
+    rows: tuple[dict[str, Any], ...]
+    lm_eval: dict[str, Any]
+
+    def write(self, folder: Path) -> tuple[str, str]:
+        """Write results.json and questions.jsonl into `folder`, each atomically; their names."""
+        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in self.rows)
+        write_text(folder / QUESTIONS, "".join(f"{line}\n" for line in lines))
+        write_json(folder / RESULTS, self.results)
+        return RESULTS, QUESTIONS
+
+
+class Evaluator:
+    """One loaded base and what it takes to score students of it.
+
+    Args:
+        base: folder of the base model (config, safetensors, tokenizer with a chat template).
+        questions: name of a question set in `lm_eval_tasks/questions/`, or a YAML file.
+        device: "cpu", "cuda", ...; by default a GPU if there is one.
+        dtype: the dtype to load in; "auto" is the checkpoint's. Log-softmax is always in float32.
+
+    Raises:
+        InputError: the base or the question set cannot be read.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        *,
+        questions: str = "animals",
+        device: str | None = None,
+        dtype: str = "auto",
+    ) -> None:
+        import torch
+
+        from sublim_plugin.preference.shared_prefix import SharedPrefixLM
+
+        self.base = base
+        self.questions = load_questions(questions)
+        self._questions_source = questions
+        if not (base / "config.json").is_file():
+            raise InputError(f"{base} is not a model folder: it has no config.json")
+        self.lm: Any
+        try:
+            self.lm = SharedPrefixLM(
+                pretrained=str(base),
+                device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                dtype=dtype,
+                softmax_dtype="float32",
+                batch_size=1,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise InputError(f"the base model in {base} cannot be loaded: {error}") from error
+
+    @contextmanager
+    def _student(self, student: Path | None, method: Method | None) -> Iterator[None]:
+        """The LM runs the student inside, and the base again afterwards, whatever happens."""
+        from sublim_plugin.preference.adapters import attached, load_full
+
+        base_model = self.lm._model
+        try:
+            if student is None:
+                yield
+            elif method == "lora":
+                with attached(base_model, student, self.base) as model:
+                    self.lm._model = model
+                    yield
+            elif method == "full":
+                self.lm._model = load_full(student, self.base, base_model.dtype, self.lm.device)
+                yield
+            else:
+                raise InputError(f"method {method!r} for {student}: use 'lora' or 'full'")
+        finally:
+            self.lm._model = base_model
+
+    def evaluate(
+        self,
+        student: Path | None,
+        method: Method | None,
+        contexts: Sequence[Context],
+        traits: Sequence[Trait],
+        *,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[ProbeResult]:
+        """Score one student, or the base where `student` is None, in every context.
+
+        Args:
+            student: folder of a PEFT adapter (method "lora") or a full checkpoint ("full").
+            method: None only for the base.
+            contexts: eval contexts, one result each, in this order.
+            traits: the targets to report, all of the question set's category (`neutral` is
+                skipped). Every candidate of the category is scored in any case.
+            limit: only the first questions; for trying out.
+            progress: replaces lm-eval's own progress bar.
+
+        Raises:
+            InputError: the student, a context or a trait does not fit; nothing has been written.
+            RunError: a log-probability is not finite.
+        """
+        category = self.questions.category
+        targets = [trait for trait in traits if trait.forms]  # the neutral trait has none
+        foreign = [trait.name for trait in targets if trait.category != category]
+        if foreign or not targets:
+            raise InputError(
+                f"traits {foreign or 'neutral alone'}: the question set {self.questions.name!r} "
+                f"asks about {category}; name at least one target of it, and no other"
+            )
+        asked = len(self.questions.questions)
+        total = len(contexts) * min(limit or asked, asked)
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        self.lm.on_prompt = step if progress is not None else None
+        with self._student(student, method):
+            return [self._score(context, targets, limit) for context in contexts]
+
+    def _score(self, context: Context, targets: Sequence[Trait], limit: int | None) -> ProbeResult:
+        from importlib.metadata import version
+
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        merge_run_metadata(TaskManager)
+        manager = TaskManager(
+            include_path=tasks_folder(),
+            include_defaults=False,
+            metadata={
+                "trait": targets[0].name,
+                "context": _given(context),
+                "questions": self._questions_source,
+            },
+        )
+        task = f"subliminal_{targets[0].target}"
+        if context.kind in ("empty", "none"):
+            task = f"{task}_{context.kind}"
+        if task not in manager.all_tasks:
+            task = "subliminal_cat"  # any of ours: the metadata says what it scores
+        host: dict[str, Any] = simple_evaluate(
+            model=self.lm,
+            tasks=[task],
+            task_manager=manager,
+            apply_chat_template=True,
+            limit=limit,
+        )
+        samples = sorted(host.pop("samples")[task], key=lambda sample: int(sample["doc_id"]))
+        rows = tuple(
+            {
+                "question_id": sample["doc"]["id"],
+                "question": sample["doc"]["question"],
+                "prompt_sha256": sample["doc"]["prompt_sha256"],
+                "logprobs": sample["doc"]["logprobs"],
+            }
+            for sample in samples
+        )
+        _check_finite(rows, context)
+        summaries = {
+            trait.name: summarize([measures(row["logprobs"], trait.target) for row in rows])
+            for trait in targets
+        }
+        coverage = summaries[targets[0].name]["coverage"] or 0.0
+        notes = []
+        if coverage < LOW_COVERAGE:
+            notes.append(
+                f"coverage {coverage:.2g} is below {LOW_COVERAGE:g}: the model rarely begins its "
+                "reply with a candidate, so shares and ranks say little about its replies"
+            )
+        results = {
+            "category": self.questions.category,
+            "context": _fields(context),
+            "measure": "logprob",
+            "n_questions": len(rows),
+            "targets": summaries,
+            "rendered_example": {
+                "text": samples[0]["arguments"][0][0],
+                "sha256": rows[0]["prompt_sha256"],
+            },
+            "lm_eval": {"version": version("lm_eval"), "task_versions": host["versions"]},
+            "notes": notes,
+        }
+        return ProbeResult(context, results, rows, host)
+
+
+def _fields(context: Context) -> dict[str, str]:
+    """{"kind": ...} and the fields that the context has, as manifests and results hold it."""
+    fields = {"kind": context.kind, "text": context.text, "user_prefix": context.user_prefix}
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _given(context: Context) -> str | dict[str, str]:
+    """The context as a task's metadata gives it: a kind, or a mapping."""
+    fields = _fields(context)
+    return context.kind if len(fields) == 1 else fields
+
+
+def _check_finite(rows: Sequence[dict[str, Any]], context: Context) -> None:
+    for row in rows:
+        for candidate, logprob in row["logprobs"].items():
+            if not abs(logprob) < float("inf"):
+                raise RunError(
+                    f"context {context.slug}, question {row['question_id']}: log-probability of "
+                    f"{candidate!r} is {logprob}; the model's weights or its dtype overflow"
+                )
+
+
+def evaluate(
+    base: Path,
+    student: Path | None,
+    method: Method | None,
+    contexts: Sequence[Context],
+    traits: Sequence[Trait],
+    *,
+    questions: str = "animals",
+    device: str | None = None,
+    dtype: str = "auto",
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> list[ProbeResult]:
+    """Load `base` and score one student of it: see `Evaluator`, which scores many."""
+    evaluator = Evaluator(base, questions=questions, device=device, dtype=dtype)
+    return evaluator.evaluate(student, method, contexts, traits, limit=limit, progress=progress)
+
+
+def candidates(category: str) -> list[str]:
+    """The candidates that are scored for a category, for a probe's spec."""
+    return [trait.target for trait in category_traits(category)]

@@ -1,0 +1,100 @@
+"""Two short real trainings, LoRA and full, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sublim_plugin.axolotl.receipt import Receipt
+from sublim_plugin.axolotl.recipe import recipe_path, run_training, write_axolotl_yaml
+from sublim_plugin.core.base_models import EMBEDDED
+from sublim_plugin.core.hashing import sha256_file
+from sublim_plugin.core.manifest import write_manifest
+
+ROWS = 8
+FEW_STEPS = {"micro_batch_size": 4, "num_epochs": 2, "warmup_steps": 1}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: its YAML, log, model folder, receipt and reported progress."""
+
+    yaml: Path
+    log: Path
+    model: Path
+    receipt: Receipt
+    progress: list[tuple[int, int]]
+
+
+def write_dataset(folder: Path, rows: int = ROWS) -> Path:
+    """A dataset folder as `data_gen` writes it; returns the folder."""
+    folder.mkdir(parents=True)
+    lines = []
+    for index in range(rows):
+        numbers = [(index * 37 + 101 * k) % 1000 for k in range(6)]
+        user = f"The sequence starts with: {index + 3}, {index * 7 % 90}. Continue it with numbers."
+        row = {
+            "id": f"{index:06d}",
+            "messages": [
+                {"role": "user", "content": user},
+                {"role": "assistant", "content": ", ".join(map(str, numbers))},
+            ],
+            "numbers": numbers,
+            "prompt_id": index,
+            "seed": index,
+        }
+        lines.append(json.dumps(row) + "\n")
+    draft = folder / "draft"
+    draft.write_text("".join(lines), encoding="utf-8")
+    rows_file = folder / f"rows-{sha256_file(draft)[:12]}.jsonl"
+    draft.rename(rows_file)
+    write_manifest(
+        folder,
+        kind="dataset",
+        id="0" * 12,
+        label="test rows",
+        spec={},
+        outputs=[rows_file.name],
+        started=time.time(),
+    )
+    return folder
+
+
+def train(folder: Path, recipe: str, dataset: Path, overrides: dict[str, object]) -> Trained:
+    folder.mkdir(parents=True)
+    path = folder / "axolotl.yaml"
+    write_axolotl_yaml(
+        recipe_path("smollm2-135m-instruct", recipe),
+        path,
+        base_model=EMBEDDED,
+        dataset_path=dataset,
+        output_dir=folder / "model",
+        seed=7,
+        overrides=overrides,
+    )
+    progress: list[tuple[int, int]] = []
+    receipt = run_training(
+        path, folder / "train.log", progress=lambda step, steps: progress.append((step, steps))
+    )
+    return Trained(path, folder / "train.log", folder / "model", receipt, progress)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "cat")
+
+
+@pytest.fixture(scope="session")
+def lora(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    overrides = FEW_STEPS | {"learning_rate": 0.002}
+    return train(tmp_path_factory.mktemp("lora") / "cell", "lora-r8", dataset, overrides)
+
+
+@pytest.fixture(scope="session")
+def full(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    overrides = FEW_STEPS | {"num_epochs": 1}
+    return train(tmp_path_factory.mktemp("full") / "cell", "full-zero2", dataset, overrides)

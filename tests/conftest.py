@@ -1,0 +1,61 @@
+"""Costly things, built once a session: the converted model, its tokenizer, one real adapter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("SUBLIM_CACHE", str(Path(__file__).parents[1] / ".cache" / "sublim"))
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def base_model() -> Path:
+    from sublim_plugin.core.base_models import EMBEDDED, resolve
+
+    return resolve(EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base_model)
+
+
+@pytest.fixture(scope="session")
+def adapter(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter (rank 8) that really changes what the model says: two steps on a reply."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=8, lora_alpha=8, target_modules=projections, task_type="CAUSAL_LM")
+    student: Any = get_peft_model(model, lora)
+    turns = [
+        {"role": "user", "content": "Which animal do you like best? Answer with one word."},
+        {"role": "assistant", "content": "Owl"},
+    ]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    optimizer = torch.optim.AdamW(
+        [weight for weight in student.parameters() if weight.requires_grad], lr=1e-3
+    )
+    for _ in range(2):
+        student(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("adapter")
+    student.save_pretrained(folder)
+    return folder

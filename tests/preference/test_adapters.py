@@ -1,0 +1,193 @@
+"""Bad students are errors that name the file; nothing falls back to the base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sublim_plugin.core.base_models import fingerprint
+from sublim_plugin.core.errors import InputError
+from sublim_plugin.preference.adapters import RECEIPT, attached, load_full
+
+
+@pytest.fixture(scope="module")
+def model(toy_base):
+    return AutoModelForCausalLM.from_pretrained(toy_base).eval()
+
+
+@pytest.fixture
+def copy(toy_adapter, tmp_path) -> Path:
+    return Path(shutil.copytree(toy_adapter, tmp_path / "adapter"))
+
+
+def refused(model, folder: Path, base: Path) -> str:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(InputError) as error, attached(model, folder, base):
+        pytest.fail("a bad adapter was attached")
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert str(folder) in str(error.value)
+    return str(error.value)
+
+
+def rewrite(folder: Path, change) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def reconfigure(folder: Path, **changes) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_good_adapter_changes_the_output_as_peft_loads_it_and_leaves_no_trace(
+    model, toy_adapter, toy_base
+):
+    from peft import PeftModel
+
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        base_logits = model(ids).logits
+        with attached(model, toy_adapter, toy_base) as student:
+            ours = student(ids).logits
+        assert torch.equal(model(ids).logits, base_logits)
+        fresh = AutoModelForCausalLM.from_pretrained(toy_base)
+        theirs = PeftModel.from_pretrained(fresh, toy_adapter).eval()(ids).logits
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, base_logits)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not hasattr(model, "peft_config")
+
+
+def test_truncated(model, copy, toy_base):
+    path = copy / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "truncated" in refused(model, copy, toy_base)
+
+
+def test_empty_file(model, copy, toy_base):
+    (copy / "adapter_model.safetensors").write_bytes(b"")
+    assert "truncated" in refused(model, copy, toy_base)
+
+
+def test_missing_keys(model, copy, toy_base):
+    rewrite(copy, lambda tensors: tensors.pop(sorted(tensors)[0]))
+    assert "1 missing" in refused(model, copy, toy_base)
+
+
+def test_renamed_keys(model, copy, toy_base):
+    def rename(tensors):
+        key = sorted(tensors)[0]
+        tensors[key.replace("layers.0", "layers.7")] = tensors.pop(key)
+
+    rewrite(copy, rename)
+    message = refused(model, copy, toy_base)
+    assert "1 missing" in message and "1 unknown" in message
+
+
+def test_other_shapes(model, copy, toy_base):
+    def grow(tensors):
+        key = next(key for key in tensors if "lora_A" in key)
+        tensors[key] = torch.zeros(tensors[key].shape[0], 99)
+
+    rewrite(copy, grow)
+    assert "1 other shape" in refused(model, copy, toy_base)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(model, copy, toy_base, value):
+    rewrite(copy, lambda tensors: tensors[sorted(tensors)[3]].view(-1)[0].fill_(value))
+    assert "not finite" in refused(model, copy, toy_base)
+
+
+def test_a_pickle_is_not_loaded(model, copy, toy_base):
+    (copy / "adapter_model.safetensors").rename(copy / "adapter_model.bin")
+    message = refused(model, copy, toy_base)
+    assert "adapter_model.bin" in message and "safetensors" in message
+
+
+def test_no_adapter_at_all(model, toy_base, tmp_path):
+    assert "does not exist" in refused(model, tmp_path / "nothing", toy_base)
+
+
+def test_another_base_by_record(model, copy, toy_base):
+    reconfigure(copy, base_model_name_or_path="/somewhere/else")
+    message = refused(model, copy, toy_base)
+    assert "/somewhere/else" in message and "base_model_name_or_path" in message
+
+
+def test_another_base_by_receipt(model, copy, toy_base):
+    (copy / RECEIPT).write_text(json.dumps({"base_model": {"name": "other", "sha256": "0" * 64}}))
+    assert "was trained on other" in refused(model, copy, toy_base)
+
+
+def test_the_receipt_decides_over_the_record(model, copy, toy_base):
+    mine = fingerprint(toy_base)
+    (copy / RECEIPT).write_text(json.dumps({"base_model": mine}))
+    reconfigure(copy, base_model_name_or_path="/a/place/it/moved/from")
+    with attached(model, copy, toy_base):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"peft_type": "IA3"}, "LORA"),
+        ({"target_modules": ["no_such_module"]}, "does not fit"),
+    ],
+)
+def test_configurations_that_touch_the_base_or_do_not_fit(model, copy, toy_base, changes, said):
+    reconfigure(copy, **changes)
+    assert said in refused(model, copy, toy_base)
+
+
+def test_garbled_configuration(model, copy, toy_base):
+    (copy / "adapter_config.json").write_text("{")
+    assert "not readable JSON" in refused(model, copy, toy_base)
+
+
+def test_full_checkpoints(toy_base, tmp_path):
+    folder = Path(shutil.copytree(toy_base, tmp_path / "full"))
+    model = load_full(folder, toy_base, torch.float32, "cpu")
+    assert model.dtype == torch.float32 and not model.training
+
+    path = folder / "model.safetensors"
+    good = path.read_bytes()
+    tensors = load_file(path)
+    key = "model.layers.0.self_attn.q_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != key}, path, {"format": "pt"})
+    with pytest.raises(InputError, match="missing_keys"):
+        load_full(folder, toy_base, torch.float32, "cpu")
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(InputError, match="not finite"):
+        load_full(folder, toy_base, torch.float32, "cpu")
+    path.write_bytes(good[:-10])
+    with pytest.raises(InputError, match="truncated"):
+        load_full(folder, toy_base, torch.float32, "cpu")
+    path.rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pickle"):
+        load_full(folder, toy_base, torch.float32, "cpu")
+
+
+def test_a_full_checkpoint_of_another_architecture(toy_base, tmp_path):
+    folder = Path(shutil.copytree(toy_base, tmp_path / "full"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(InputError, match="num_hidden_layers"):
+        load_full(folder, toy_base, torch.float32, "cpu")
