@@ -176,7 +176,7 @@ def generate(
 
     room("data_gen")
     from data_gen.generate import generate_dataset
-    from data_gen.sampler import Sampler
+    from data_gen.spec import Sampler
 
     chosen = get_trait(trait)
     try:

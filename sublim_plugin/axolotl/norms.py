@@ -86,7 +86,7 @@ def lora_scaling(config: dict[str, Any], module: str) -> float:
 def _pattern_value(pattern: dict[str, float], module: str, default: float) -> float:
     from peft.utils.other import get_pattern_key
 
-    return pattern.get(get_pattern_key(pattern.keys(), module), default)
+    return pattern.get(get_pattern_key(list(pattern), module), default)
 
 
 def full_update_norm(trained: Path, base: Path) -> UpdateNorm:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -42,21 +42,22 @@ from sublim_plugin.core.versions import device_info, installed
 PLACEHOLDER = "SET-THIS-TO-A-DATASET-FOLDER"
 _VERSIONS = ("sublim", "axolotl", "torch", "transformers", "peft", "trl", "deepspeed", "datasets")
 
-_Hook = TypeVar("_Hook", bound=Callable[..., Any])
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
-def _one_message(hook: _Hook) -> _Hook:
+def _one_message(hook: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """End the process with the error's message and exit code instead of a host's traceback."""
 
     @functools.wraps(hook)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
         try:
             return hook(*args, **kwargs)
         except SublimError as error:
             print(f"sublim: error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from error
 
-    return wrapped  # type: ignore[return-value]
+    return wrapped
 
 
 class _TrainerLog(TrainerCallback):  # type: ignore[misc]

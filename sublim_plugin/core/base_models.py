@@ -130,7 +130,8 @@ def _check_header(weights: Path) -> None:
         raise InputError(f"{weights}: not a safetensors file, or cut off; get it again") from error
     if 8 + length + end != size:
         raise InputError(
-            f"{weights}: {size} bytes, its header says {8 + length + end}; it is cut off, get it again"
+            f"{weights}: {size} bytes, its header says {8 + length + end};"
+            " it is cut off, get it again"
         )
 
 

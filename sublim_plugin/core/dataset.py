@@ -22,8 +22,8 @@ def dataset_rows_path(folder: Path) -> Path:
     names = [name for name in manifest.outputs if name.startswith("rows-") and "/" not in name]
     if manifest.kind != "dataset" or len(names) != 1:
         raise InputError(
-            f"{folder}: the manifest is of kind '{manifest.kind}' and names {len(names)} rows files;"
-            " expected a dataset folder with exactly one rows-<sha12>.jsonl"
+            f"{folder}: the manifest is of kind '{manifest.kind}' and names {len(names)} rows"
+            " files; expected a dataset folder with exactly one rows-<sha12>.jsonl"
         )
     strays = [path.name for path in folder.glob("rows-*.jsonl") if path.name != names[0]]
     if strays:

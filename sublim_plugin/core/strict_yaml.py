@@ -121,12 +121,13 @@ def _check(
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _check(item, (*path, index), positions, source, depth + 1)
-    elif isinstance(node, yaml.ScalarNode) and node.style is None:
-        if _LEADING_ZERO.match(node.value):
-            raise InputError(
-                f"{where}: {node.value} has a leading zero, which readers take for octal or text;"
-                f' write {node.value.lstrip("+-0_") or "0"} or "{node.value}"'
-            )
+    elif (
+        isinstance(node, yaml.ScalarNode) and node.style is None and _LEADING_ZERO.match(node.value)
+    ):
+        raise InputError(
+            f"{where}: {node.value} has a leading zero, which readers take for octal or text;"
+            f' write {node.value.lstrip("+-0_") or "0"} or "{node.value}"'
+        )
 
 
 def load_yaml(path: Path) -> Any:
@@ -191,7 +192,8 @@ def _describe(
     where = f"{source}:{line}:{column}" if positions else source
     key = ".".join(str(part) for part in location) or "document"
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{key}'{nearest(str(location[-1]), _fields_at(model, location[:-1]))}"
+        valid = _fields_at(model, location[:-1])
+        return f"{where}: unknown key '{key}'{nearest(str(location[-1]), valid)}"
     if item["type"] == "missing":
         return f"{where}: key '{key}' is missing"
     message = str(item["msg"]).removeprefix("Value error, ")

@@ -60,7 +60,7 @@ def plan(study: Study, base: dict[str, Any]) -> list[Cell]:
 
 
 def _datasets(study: Study, base: dict[str, Any]) -> Iterator[Cell]:
-    from data_gen.generate import dataset_spec
+    from data_gen.spec import dataset_spec
 
     for name in study.datasets.traits:
         for seed in study.datasets.generation_seeds:

@@ -72,8 +72,8 @@ def train_student(
         expected = source.outputs[rows.name].sha256
         if receipt.dataset.sha256 != expected:
             raise RunError(
-                f"{folder}: axolotl trained on rows {str(receipt.dataset.sha256)[:12]}…, the dataset's"
-                f" manifest says {expected[:12]}…; the student was not accepted"
+                f"{folder}: axolotl trained on rows {str(receipt.dataset.sha256)[:12]}…, the"
+                f" dataset's manifest says {expected[:12]}…; the student was not accepted"
             )
         written = [path for path in sorted((folder / MODEL).rglob("*")) if path.is_file()]
         write_manifest(

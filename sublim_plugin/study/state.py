@@ -63,7 +63,7 @@ def read_error(folder: Path) -> str | None:
 
 
 def _held(folder: Path) -> bool:
-    for path in (folder / LOCK_NAME, folder / "work" / LOCK_NAME):
+    for path in (folder / LOCK_NAME, folder / "work" / "lock"):
         try:
             descriptor = os.open(path, os.O_RDWR)
         except OSError:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data_gen.sampler import Sampler
+from data_gen.spec import Sampler
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.strict_yaml import load_model
@@ -87,6 +87,7 @@ class Study(_Strict):
     def _parts_fit_together(self) -> Self:
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"name {self.name!r}: use letters, digits, '.', '_' and '-'")
+        categories = {get_trait(name).category for name in self.datasets.traits} - {NEUTRAL}
         for group in self.students:
             for trait in group.traits:
                 if trait not in self.datasets.traits:
@@ -98,7 +99,6 @@ class Study(_Strict):
                 raise ValueError("lora_ranks need training.lora_recipe")
             if group.full and not self.training.full_recipe:
                 raise ValueError("full: true needs training.full_recipe")
-        categories = {get_trait(name).category for name in self.datasets.traits} - {NEUTRAL}
         if len(categories) != 1:
             raise ValueError(
                 "datasets.traits need targets of exactly one category beside neutral, found"

@@ -1,11 +1,12 @@
 """A worker process: makes the given cells of one kind, loading the base model once.
 
-`python -P -m sublim_plugin.study.worker dataset|probe STUDY RUN_DIR ID…`; exits with the code of the
-first failure. A cell's failure is written to its folder and does not stop the others.
+`python -P -m sublim_plugin.study.worker dataset|probe STUDY RUN_DIR ID…`; exits with the
+highest code of a failure. A cell's failure is written to its folder and does not stop the others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -114,10 +115,9 @@ def attempt(folder: Path, work: Callable[[], None]) -> int:
 
 def _record(error_file: Path, error: SublimError) -> int:
     print(f"sublim: {error}", file=sys.stderr)
-    try:
+    # the disk that failed the cell fails its message too; it was printed
+    with contextlib.suppress(SublimError):
         write_text(error_file, f"{error}\n")
-    except SublimError:
-        pass  # the disk that failed the cell fails its message too; it was printed
     return InputError.exit_code if isinstance(error, InputError) else error.exit_code
 
 

@@ -59,14 +59,14 @@ def test_other_overrides_are_refused(tmp_path: Path, recipe: str, key: str, mess
 
 
 def test_an_unknown_recipe_lists_those_there_are() -> None:
-    with pytest.raises(InputError, match="lora-r64.yaml"):
+    with pytest.raises(InputError, match="lora-r64"):
         recipe_path(MODEL, "lora-r7")
 
 
 def test_a_misspelt_key_of_the_block_is_refused() -> None:
-    with pytest.raises(InputError, match="a.yaml: unknown key 'sublim.contxt'.*'context'"):
+    with pytest.raises(InputError, match=r"a\.yaml: unknown key 'sublim\.contxt'.*'context'"):
         parse_block({"contxt": "none"}, "a.yaml")
-    with pytest.raises(InputError, match="sublim.context"):
+    with pytest.raises(InputError, match=r"sublim\.context"):
         parse_block({"context": "nothing"}, "a.yaml")
     with pytest.raises(InputError, match="sublim"):
         parse_block("none", "a.yaml")
@@ -77,7 +77,7 @@ def test_a_missing_or_garbled_receipt_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="missing"):
         read_receipt(tmp_path)
     (tmp_path / "sublim_receipt.json").write_text('{"schema": 2}', encoding="utf-8")
-    with pytest.raises(InputError, match="sublim_receipt.json"):
+    with pytest.raises(InputError, match="sublim_receipt"):
         read_receipt(tmp_path)
 
 

@@ -24,7 +24,6 @@ from sublim_plugin.core.dataset import dataset_rows_path, read_rows
 from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.hashing import sha256_file
 
-
 SEED_ONLY = """
 import torch
 from axolotl.integrations.base import BasePlugin
@@ -104,7 +103,7 @@ def test_our_run_equals_plain_axolotl(
     done = subprocess.run(
         [*command, "--launcher", "python"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_WAIT_POLICY": "PASSIVE"},
         capture_output=True,
         text=True,
         check=True,

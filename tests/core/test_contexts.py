@@ -35,7 +35,8 @@ LLAMA31_PREAMBLE = """{{- bos_token }}
 {{- system_message }}
 {{- "<|eot_id|>" }}
 {%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -134,8 +135,8 @@ def test_a_silently_dropped_system_message_is_an_error(tokenizer: Any) -> None:
 
 def test_a_template_that_fills_an_empty_system_message_is_an_error(tokenizer: Any) -> None:
     template = (
-        "{% if messages[0].role == 'system' and messages[0].content %}{% set s = messages[0].content %}"
-        "{% else %}{% set s = 'I am Bot.' %}{% endif %}<|im_start|>system\n{{ s }}<|im_end|>\n"
+        "{% set s = messages[0].content if messages[0].role == 'system' else '' %}{% if not s %}"
+        "{% set s = 'I am Bot.' %}{% endif %}<|im_start|>system\n{{ s }}<|im_end|>\n"
         "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
@@ -190,8 +191,8 @@ def test_entities_of_the_protocols_system_texts(
 
 def test_spans_name_every_part_of_the_prompt(tokenizer: Any) -> None:
     rendered = render(tokenizer, KINDS["template_default"], QUESTION)
-    texts = {name: [s.text for s in rendered.spans if s.name == name] for name in
-             ("system_block", "system_text", "role_header", "user_text", "assistant_header")}  # fmt: skip
+    names = ("system_block", "system_text", "role_header", "user_text", "assistant_header")
+    texts = {name: [s.text for s in rendered.spans if s.name == name] for name in names}
     assert texts == {
         "system_block": [f"<|im_start|>system\n{SMOL}<|im_end|>\n"],
         "system_text": [SMOL],

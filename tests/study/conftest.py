@@ -74,9 +74,7 @@ def write_study(
         questions = folder / "three.yaml"
         questions.write_text(QUESTIONS)
         study = folder / "tiny.yaml"
-        study.write_text(
-            STUDY.format(base=base_model, questions=questions, full=str(full).lower())
-        )
+        study.write_text(STUDY.format(base=base_model, questions=questions, full=str(full).lower()))
         return study, questions
 
     return write

@@ -134,7 +134,7 @@ def test_planning_and_status_import_no_torch(tmp_path: Path) -> None:
         "print(len(states), sorted(heavy))\n"
     )
     command = [sys.executable, "-c", script, str(QUICKSTART), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout == "25 []\n"
 
 

@@ -54,7 +54,9 @@ def test_the_receipts_say_what_was_trained_on(ran: Ran) -> None:
     dataset = next(Path(c["folder"]) for c in cells(ran, "dataset") if "cat" in c["label"])
     rows = next(dataset.glob("rows-*.jsonl"))
     for method in ("lora", "full"):
-        receipt = json.loads((student_folder(ran, method) / "model/sublim_receipt.json").read_text())
+        receipt = json.loads(
+            (student_folder(ran, method) / "model/sublim_receipt.json").read_text()
+        )
         assert receipt["dataset"]["sha256"] == sha256_file(rows)
         assert receipt["method"]["kind"] == method
         assert receipt["update_norm"]["total"] > 0
