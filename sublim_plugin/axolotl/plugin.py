@@ -60,7 +60,7 @@ def _one_message(hook: Callable[_Parameters, _Result]) -> Callable[_Parameters, 
     return wrapped
 
 
-class _TrainerLog(TrainerCallback):  # type: ignore[misc]
+class _TrainerLog(TrainerCallback):
     """Keeps what the trainer logged, because the trainer is gone when weights are on disk."""
 
     def __init__(self) -> None:

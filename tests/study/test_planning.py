@@ -104,7 +104,7 @@ def test_a_misspelt_top_key_is_named(tmp_path: Path, text: str, message: str) ->
         ("contexts: [template_default]", "contexts: [empty]", r"cannot be trained in yet"),
         ("temperature: 1.0", "temperature: -1", r"temperature: .*greater than or equal to 0"),
         ("    top_k: 0\n", "", r"key 'datasets.sampler.top_k' is missing"),
-        ("rows: 96", "rows: 96\n  rows: 97", r"key 'rows' stands twice"),
+        ("rows: 64", "rows: 64\n  rows: 65", r"key 'rows' stands twice"),
         ("name: quickstart", "name: ../x", r"name '../x'"),
         ("questions: animals", "questions: beasts", r"beasts"),
         ("/lora-r8", "/lora-r9", r"lora-r9"),
