@@ -1,5 +1,5 @@
 # Python 3.11, pip and make are all that is needed. On two CPU cores: install about 4 minutes.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 # The CPU build of torch where pip can find one; a machine with a GPU takes its usual build.

@@ -34,6 +34,9 @@ class _Group(click.Group):
         except SublimError as error:
             click.echo(f"sublim: {error}", err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("sublim: interrupted; the same command continues", err=True)
+            ctx.exit(130)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

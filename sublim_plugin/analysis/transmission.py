@@ -289,13 +289,14 @@ class _Table:
         ours = self._metrics(probe, target)
         warnings = []
         values: dict[str, Any] = dict(ours.means)
-        if values["coverage"] < LOW_COVERAGE:
-            warnings.append(
-                f"{probe.spec.eval_context.slug}: coverage is {values['coverage']:.2%}, fewer than "
-                f"1 in {round(1 / LOW_COVERAGE)} replies begin with any candidate; do not read "
-                "shares and ranks as preferences"
-            )
         student = None if probe.spec.student is None else self._student(probe)
+        if values["coverage"] < LOW_COVERAGE:
+            who = f"{student.spec.trait} {student.spec.method.name}" if student else "base"
+            warnings.append(
+                f"{probe.spec.eval_context.slug}, {who}: coverage is {values['coverage']:.2%}, "
+                f"fewer than 1 in {round(1 / LOW_COVERAGE)} replies begin with any candidate; do "
+                "not read shares and ranks as preferences"
+            )
         base = self.bases.get(_probe_key(probe)) if student else None
         neutral, neutral_reason = self._neutral(probe, student)
         if student is not None and base is None:

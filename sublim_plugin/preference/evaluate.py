@@ -22,6 +22,7 @@ from typing import Any, Literal
 from sublim_plugin.core.atomic import write_json, write_text
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError, RunError
+from sublim_plugin.core.hashing import sha256_text
 from sublim_plugin.core.traits import Trait, category_traits
 from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
 from sublim_plugin.preference.forms import LOW_COVERAGE, measures, summarize
@@ -31,7 +32,11 @@ Method = Literal["lora", "full"]
 Progress = Callable[[int, int], None]
 """Called with (prompts scored, prompts in all) after every prompt."""
 
-RESULTS, QUESTIONS = "results.json", "questions.jsonl"
+RESULTS, QUESTIONS, REPLIES = "results.json", "questions.jsonl", "replies.jsonl"
+
+SAMPLE_REPLIES = 3
+"""Questions whose reply is also sampled once, for a reader to look at; no number rests on them."""
+SAMPLE_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -42,20 +47,23 @@ class ProbeResult:
         context: the eval context.
         results: the content of results.json.
         rows: the rows of questions.jsonl, in the order of the question set.
+        replies: the rows of replies.jsonl: `question` and one sampled `reply` each.
         lm_eval: what `simple_evaluate` returned, without the samples.
     """
 
     context: Context
     results: dict[str, Any]
     rows: tuple[dict[str, Any], ...]
+    replies: tuple[dict[str, str], ...]
     lm_eval: dict[str, Any]
 
-    def write(self, folder: Path) -> tuple[str, str]:
-        """Write results.json and questions.jsonl into `folder`, each atomically; their names."""
-        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in self.rows)
-        write_text(folder / QUESTIONS, "".join(f"{line}\n" for line in lines))
+    def write(self, folder: Path) -> tuple[str, ...]:
+        """Write results.json and the two JSONL files, each atomically; return their names."""
+        for name, rows in ((QUESTIONS, self.rows), (REPLIES, self.replies)):
+            lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+            write_text(folder / name, "".join(f"{line}\n" for line in lines))
         write_json(folder / RESULTS, self.results)
-        return RESULTS, QUESTIONS
+        return RESULTS, QUESTIONS, REPLIES
 
 
 class Evaluator:
@@ -231,7 +239,36 @@ class Evaluator:
             "lm_eval": {"version": version("lm_eval"), "task_versions": host["versions"]},
             "notes": notes,
         }
-        return ProbeResult(context, results, rows, host)
+        shown = samples[:SAMPLE_REPLIES]
+        replies = tuple(
+            {"question": s["doc"]["question"], "reply": self._reply(s["arguments"][0][0])}
+            for s in shown
+        )
+        return ProbeResult(context, results, rows, replies, host)
+
+    def _reply(self, prompt: str) -> str:
+        """One sampled reply: T = 1, nothing cut off or penalised, seeded by the prompt."""
+        import torch
+        from transformers import GenerationConfig
+
+        tokenizer = self.lm.tokenizer
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(self.lm.device)
+        ends = {tokenizer.eos_token_id, *_as_list(self.lm._model.generation_config.eos_token_id)}
+        settings = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+            max_new_tokens=SAMPLE_TOKENS,
+            eos_token_id=sorted(end for end in ends if end is not None),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(int(sha256_text(prompt)[:8], 16))
+            out = self.lm._model.generate(**ids, generation_config=settings)
+        reply: str = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        return reply
 
 
 def _fields(context: Context) -> dict[str, str]:
@@ -244,6 +281,10 @@ def _given(context: Context) -> str | dict[str, str]:
     """The context as a task's metadata gives it: a kind, or a mapping."""
     fields = _fields(context)
     return context.kind if len(fields) == 1 else fields
+
+
+def _as_list(value: int | list[int] | None) -> list[int | None]:
+    return list(value) if isinstance(value, list) else [value]
 
 
 def _check_finite(rows: Sequence[dict[str, Any]], context: Context) -> None:

@@ -45,9 +45,13 @@ def _quiet_hosts() -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("DS_LOG_LEVEL", "error"),
+        # the default of the hosts' bars; ours say themselves whether they show
+        ("TQDM_DISABLE", "1"),
     ):
         os.environ.setdefault(name, value)
     logging.getLogger().setLevel(logging.ERROR)
+    for name in ("torch.utils._pytree", "torchao"):
+        logging.getLogger(name).disabled = True
 
 
 def _datasets(
@@ -122,4 +126,7 @@ def _record(error_file: Path, error: SublimError) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
