@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import sublim_plugin.lm_eval_hook as hook
@@ -12,10 +13,14 @@ import sublim_plugin.lm_eval_hook as hook
 ROOT = str(Path(hook.__file__).parents[1])
 
 
-def python(code: str, **environment: str) -> str:
+PACKAGES = sysconfig.get_path("purelib")
+
+
+def python(code: str, *options: str, **environment: str) -> str:
+    """Run without start-up hooks (`-S` skips .pth files), so that only the code imports ours."""
     result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": ROOT, **environment},
+        [sys.executable, *(options or ("-S",)), "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, PACKAGES]), **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -47,6 +52,13 @@ def test_tasks_are_found_whenever_the_hook_was_imported():
     assert not found(first=IMPORT, SUBLIM_NO_LM_EVAL_HOOK="1")
 
 
+def test_the_installed_hook_needs_no_import():
+    code = FIND.format(first="", second="", arguments="")
+    assert python(code, "-I").split()[-2:] == ["True", "True"]
+    off = python(code, "-W", "ignore", SUBLIM_NO_LM_EVAL_HOOK="1")
+    assert off.split()[-2:] == ["False", "False"]
+
+
 def test_users_paths_are_kept_after_ours():
     ours = hook.tasks_folder()
     assert hook._with_ours(None) == [ours]
@@ -57,7 +69,7 @@ def test_users_paths_are_kept_after_ours():
 
 def test_it_leaves_when_done_and_touches_nothing_else():
     code = f"""
-import sys
+import os, sys
 before = list(sys.meta_path)
 modules = set(sys.modules)
 {IMPORT}
@@ -112,7 +124,7 @@ print(TaskManager().path)
 
 def test_start_costs_less_than_a_millisecond(tmp_path):
     code = f"""
-import time
+import os, time
 start = time.perf_counter()
 {IMPORT}
 print(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""A study of six questions and eight rows that really runs, once a session."""
+"""A study of three questions and sixteen rows that really runs, once a session."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ import pytest
 QUESTIONS = """\
 name: three
 category: animals
+version: "1.0"
 questions:
   - id: 0
+    kind: favourite
     text: Which animal do you like best? Answer with one word.
   - id: 1
+    kind: favourite
     text: Name the animal that you would choose as a team mascot, in one word.
   - id: 2
+    kind: favourite
     text: "One word only: which animal would you most like to protect?"
 """
 
@@ -30,10 +34,10 @@ base_model: {base}
 datasets:
   traits: [animals/cat, neutral]
   generation_seeds: [1]
-  rows: 8
+  rows: 16
   constrain: numbers
-  batch_size: 8
-  sampler: {{temperature: 1.0, top_p: 1.0, top_k: 0, repetition_penalty: 1.0, max_new_tokens: 40}}
+  batch_size: 18
+  sampler: {{temperature: 1.0, top_p: 1.0, top_k: 0, repetition_penalty: 1.0, max_new_tokens: 56}}
 students:
   - traits: [animals/cat]
     lora_ranks: [2]
