@@ -254,7 +254,7 @@ class Evaluator:
         tokenizer = self.lm.tokenizer
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(self.lm.device)
         ends = {tokenizer.eos_token_id, *_as_list(self.lm._model.generation_config.eos_token_id)}
-        settings = GenerationConfig(
+        settings: Any = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=True,
             temperature=1.0,
             top_p=1.0,
