@@ -6,7 +6,6 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := $(shell find data_gen axolotl_configs lm_eval_tasks sublim_plugin -type f \
 	-not -name '*.pyc') setup.cfg setup.py pyproject.toml sublim.pth README.md
-export SUBLIM_CACHE ?= $(CURDIR)/.cache/sublim
 export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
 
