@@ -1,384 +1,64 @@
-"""Batched decoding with transformers: a reply depends on its row's prompt and seed alone.
+"""What every engine answers to: requests in, replies out, and a record of how they came about.
 
-Rows sit in slots of one preallocated key-value cache, right-aligned to nothing: each row has its
-own length, so no row is padded for another one's sake. Prompts that begin alike share one forward
-pass over the common beginning. A row that ends makes room for the next one.
-
-The attention function groups the query heads of a key head instead of repeating keys and values,
-and is used for prompts and steps alike.
+The engines are `transformers_engine` (in process), `vllm_engine` (offline batches) and
+`openai_engine` (a server). Each passes all of `Sampler` and the row's seed, and says in `describe`
+what of that it could honour; none falls back silently.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
-import torch
-from safetensors import SafetensorError
-from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.cache_utils import Cache
-
-from data_gen.automaton import START
-from data_gen.constrain import Constraint
-from data_gen.draws import uniforms
-from data_gen.sampler import pick, probabilities
 from data_gen.spec import Sampler
-from sublim_plugin.core.errors import InputError
-
-ATTENTION = "sublim_grouped"
-PREFILL_TOKENS = 1024
-"""Prompt tokens, padding included, in one forward pass: enough to keep two cores or a GPU busy."""
 
 
 class Request(NamedTuple):
-    """One reply to be written: `token_ids` of the rendered prompt and the row's seed."""
+    """One reply to be written: the rendered prompt as text and token ids, the messages that it was
+    rendered from, and the row's sampling seed (0 to 2**53 - 1)."""
 
+    text: str
     token_ids: tuple[int, ...]
+    messages: tuple[dict[str, str], ...]
     seed: int
 
 
 class Reply(NamedTuple):
-    """Token ids without the end of turn, and whether the end of turn was reached."""
+    """A reply's text without its end of turn, special tokens shown as text."""
 
-    token_ids: tuple[int, ...]
+    text: str
+    tokens: int
+    """Sampled tokens, the end of turn among them."""
     ended: bool
+    """Whether the end of turn was reached."""
+    stopped: bool = False
+    """Whether it was cut off because no continuation could have been accepted any more."""
 
 
-def grouped_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of query [n, H, Q, D] over key and value [n, G, T, D], H a multiple of G.
-
-    `attention_mask` [n, 1, Q, T] is added to the scores. Returns [n, Q, H, D].
-    """
-    if s_aux is not None:
-        raise InputError("models with attention sinks are not supported by this engine")
-    n, heads, q, width = query.shape
-    groups, t = key.shape[1], key.shape[2]
-    scores = query.reshape(n, groups, -1, width) @ key.transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(n, groups, -1, q, t) + attention_mask.unsqueeze(1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    mixed = weights.view(n, groups, -1, t) @ value
-    return mixed.view(n, heads, q, width).transpose(1, 2).contiguous(), None
+OnReply = Callable[[int, Reply], object]
 
 
-AttentionInterface.register(ATTENTION, grouped_attention)
+class Engine(Protocol):
+    """A model that answers requests.
 
-
-class _SlotCache(Cache):
-    """Keys and values of `slots` rows in place, each at its own length. Three ways to write:
-    the common beginning (`mode` "common"), prompts of new rows ("join"), one step ("step")."""
-
-    def __init__(self, layers: int, slots: int, length: int) -> None:
-        super().__init__(layers=[])
-        self.slots, self.length = slots, length
-        self.common: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.store: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.n_layers = layers
-        self.mode = "common"
-        self.joining: list[tuple[int, int]] = []
-        self.positions = torch.empty(0, dtype=torch.long)
-        self.used = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.used
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *_: Any,
-        **__: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        new = (key_states, value_states)
-        if layer_idx == len(self.store):
-            shape = (self.slots, key_states.shape[1], self.length)
-            self.store.append(
-                (
-                    key_states.new_zeros(*shape, key_states.shape[3]),
-                    value_states.new_zeros(*shape, value_states.shape[3]),
-                )
-            )
-        if self.mode == "common":
-            self.common.append(new)
-            return new
-        store = self.store[layer_idx]
-        if self.mode == "step":
-            rows = torch.arange(len(self.positions), device=key_states.device)
-            for held, fresh in zip(store, new, strict=True):
-                held[rows, :, self.positions] = fresh[:, :, 0]
-            return tuple(x[: len(rows), :, : self.used] for x in store)  # type: ignore[return-value]
-        if not self.common:
-            start, seen = 0, new
-        else:
-            common = self.common[layer_idx]
-            start = common[0].shape[2]
-            seen = tuple(  # type: ignore[assignment]
-                torch.cat((old.expand(len(fresh), -1, -1, -1), fresh), 2)
-                for old, fresh in zip(common, new, strict=True)
-            )
-        for held, full in zip(store, seen, strict=True):
-            for i, (slot, length) in enumerate(self.joining):
-                held[slot, :, :start] = full[i, :, :start]
-                held[slot, :, start : start + length] = full[i, :, full.shape[2] - length :]
-        return seen
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot to another."""
-        for layer in self.store:
-            for held in layer:
-                held[target, :, :length] = held[source, :, :length]
-
-
-class _Row:
-    """A row in a slot: its request, what it has written and the length of its cache."""
-
-    def __init__(self, index: int, request: Request, budget: int) -> None:
-        self.index, self.request = index, request
-        self.uniforms = uniforms(f"sublim sample/{request.seed}", budget)
-        self.written: list[int] = []
-        self.length = len(request.token_ids)
-        self.state = START
-
-
-class Engine:
-    """A causal language model on one device, ready to answer requests.
-
-    A reply ends with one of `end_ids`. Under a `constraint` the output layer computes the logits of
-    its tokens alone, which is the same as masking all others. Raises InputError for a model that
-    cannot be read, and for an architecture whose layers are not all attention layers.
+    Constructors take what is particular to an engine, and raise InputError for a model, server or
+    setting that cannot be used.
     """
 
-    def __init__(
-        self, path: Path, *, device: str, end_ids: tuple[int, ...], constraint: Constraint | None
-    ) -> None:
-        self.device = torch.device(device)
-        self.end_ids = frozenset(end_ids)
-        loader: Any = AutoModelForCausalLM
-        try:
-            self.model = loader.from_pretrained(
-                path, dtype="auto", attn_implementation=ATTENTION, local_files_only=True
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: the model cannot be loaded ({reason})") from error
-        self.model.eval().to(self.device)
-        config = self.model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if not kinds <= {"full_attention", "sliding_attention"}:
-            raise InputError(
-                f"{path}: layers of kind {sorted(kinds)}; the transformers engine reads models "
-                "whose layers are all attention layers"
-            )
-        self.layers: int = config.num_hidden_layers
-        window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
-        self.longest: int = min(window or 1 << 60, config.max_position_embeddings)
-        self.vocabulary: int = config.vocab_size
-        self.constraint = constraint
-        self.columns: torch.Tensor | None = None
-        if constraint is not None:
-            self.columns = torch.tensor(constraint.token_ids, device=self.device)
-            full = self.model.get_output_embeddings()
-            small = torch.nn.Linear(full.in_features, len(self.columns), bias=full.bias is not None)
-            small.weight = torch.nn.Parameter(full.weight.detach()[self.columns], False)
-            if full.bias is not None:
-                small.bias = torch.nn.Parameter(full.bias.detach()[self.columns], False)
-            self.model.set_output_embeddings(small)
-
-    @property
-    def dtype(self) -> str:
-        """The dtype that the model computes in, "float32" say."""
-        return str(self.model.dtype).removeprefix("torch.")
-
-    @torch.inference_mode()
     def reply(
         self,
         requests: Sequence[Request],
         sampler: Sampler,
         batch_size: int,
-        on_reply: Callable[[int, Reply], object] = lambda index, reply: None,
+        on_reply: OnReply = ...,
     ) -> list[Reply]:
-        """A reply to each request, in order; at most `batch_size` are decoded at a time.
+        """A reply to each request, in order, with at most `batch_size` of them under way at a time.
 
         `on_reply` is called with the index of a request and its reply as soon as that is complete.
-
-        Raises InputError where a prompt and its budget exceed the model's positions.
         """
-        if not requests:
-            return []
-        budget = sampler.max_new_tokens
-        longest = max(len(r.token_ids) for r in requests)
-        if longest + budget > self.longest:
-            raise InputError(
-                f"a prompt of {longest} tokens and max_new_tokens {budget} exceed the "
-                f"{self.longest} positions that this engine can attend to in the model; lower "
-                "max_new_tokens or shorten the prompts"
-            )
-        run = _Run(self, requests, sampler, min(batch_size, len(requests)), longest + budget)
-        for index in run.steps():
-            on_reply(index, run.replies[index])
-        return [run.replies[index] for index in range(len(requests))]
+        ...
 
-
-class _Run:
-    """The state of one call of `Engine.reply`."""
-
-    def __init__(
-        self, engine: Engine, requests: Sequence[Request], sampler: Sampler, slots: int, length: int
-    ) -> None:
-        self.engine, self.sampler, self.slots = engine, sampler, slots
-        self.replies: dict[int, Reply] = {}
-        self.waiting = deque(
-            _Row(i, request, sampler.max_new_tokens) for i, request in enumerate(requests)
-        )
-        self.active: list[_Row] = []
-        self.cache = _SlotCache(engine.layers, slots, length)
-        self.penalized = sampler.repetition_penalty != 1
-        self.seen = (
-            torch.zeros(slots, engine.vocabulary, dtype=torch.bool, device=engine.device)
-            if self.penalized
-            else None
-        )
-        self.common = self._common_beginning([r.token_ids for r in requests])
-
-    def _common_beginning(self, prompts: list[tuple[int, ...]]) -> int:
-        """Length of the beginning that all prompts share, at least one token short of each."""
-        low, high = min(prompts), max(prompts)
-        shared = 0
-        while shared < min(len(low), len(high)) - 1 and low[shared] == high[shared]:
-            shared += 1
-        return min(shared, min(map(len, prompts)) - 1)
-
-    def steps(self) -> Iterator[int]:
-        """Decode until every reply is complete, yielding the index of each as it is."""
-        if self.common:
-            ids = self.waiting[0].request.token_ids[: self.common]
-            mask = self._additive(torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool).tril())
-            self._forward(torch.tensor([ids]), torch.arange(len(ids))[None], mask)
-        while self.waiting or self.active:
-            free = self.slots - len(self.active)
-            if self.waiting and (free >= max(1, self.slots // 8) or free >= len(self.waiting)):
-                yield from self._join(free)
-            if self.active:
-                yield from self._step()
-
-    def _join(self, free: int) -> Iterator[int]:
-        """Fill free slots with waiting rows: prompts of like length share a forward pass."""
-        new = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
-        new.sort(key=lambda row: row.length)
-        while new:
-            width = new[-1].length - self.common
-            count = max(1, min(len(new), PREFILL_TOKENS // width))
-            group, new = new[-count:], new[:-count]
-            lengths = torch.tensor([row.length - self.common for row in group])
-            columns = torch.arange(width)
-            real = columns >= width - lengths[:, None]
-            ids = torch.zeros(count, width, dtype=torch.long)
-            ids[real] = torch.tensor(
-                [t for row in group for t in row.request.token_ids[self.common :]]
-            )
-            positions = (columns - (width - lengths[:, None]) + self.common).clamp_min(0)
-            causal = torch.ones(width, width, dtype=torch.bool).tril() & real[:, None, :]
-            causal |= torch.eye(width, dtype=torch.bool)
-            before = torch.ones(count, width, self.common, dtype=torch.bool)
-            mask = self._additive(torch.cat((before, causal), -1)[:, None])
-            first = len(self.active)
-            self.cache.mode = "join"
-            self.cache.joining = [(first + i, int(n)) for i, n in enumerate(lengths)]
-            logits = self._forward(ids, positions, mask)
-            if self.seen is not None:
-                for i, row in enumerate(group):
-                    self.seen[first + i] = False
-                    self.seen[first + i, list(row.request.token_ids)] = True
-            self.active += group
-            self._sample(logits, first)
-        yield from self._leave()
-
-    def _step(self) -> Iterator[int]:
-        """One token for every active row: the last one sampled goes in, the next comes out."""
-        engine, cache = self.engine, self.cache
-        positions = torch.tensor([row.length for row in self.active], device=engine.device)
-        cache.mode, cache.positions = "step", positions
-        cache.used = max(row.length for row in self.active) + 1
-        ids = torch.tensor([[row.written[-1]] for row in self.active])
-        reach = torch.arange(cache.used, device=engine.device) <= positions[:, None]
-        logits = self._forward(ids, positions[:, None], self._additive(reach[:, None, None]))
-        for row in self.active:
-            row.length += 1
-        self._sample(logits, 0)
-        yield from self._leave()
-
-    def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits [n, columns] at the last position of ids [n, Q]."""
-        device = self.engine.device
-        output = self.engine.model(
-            input_ids=ids.to(device),
-            position_ids=positions.to(device),
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
-
-    def _additive(self, allowed: torch.Tensor) -> torch.Tensor:
-        """0 where attention is allowed, the dtype's lowest value elsewhere."""
-        dtype = self.engine.model.dtype
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=self.engine.device)
-        return mask.masked_fill_(~allowed.to(mask.device), torch.finfo(dtype).min)
-
-    def _sample(self, logits: torch.Tensor, first: int) -> None:
-        """Append a token to each active row from `first` on; a row of logits [n, columns] each."""
-        columns, constraint, rows = self.engine.columns, self.engine.constraint, self.active[first:]
-        seen = None if self.seen is None else self.seen[first : first + len(rows)]
-        if seen is not None and columns is not None:
-            seen = seen[:, columns]
-        if constraint is not None:
-            allowed = torch.tensor([constraint.mask(row.state) for row in rows])
-            logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
-        draws = torch.tensor([row.uniforms[len(row.written)] for row in rows], dtype=torch.float64)
-        chosen = pick(probabilities(logits, self.sampler, seen), draws.to(logits.device))
-        if columns is not None:
-            chosen = columns[chosen]
-        if self.seen is not None:
-            self.seen[torch.arange(first, first + len(rows), device=chosen.device), chosen] = True
-        for row, token in zip(rows, chosen.tolist(), strict=True):
-            row.written.append(token)
-            if constraint is not None and token not in self.engine.end_ids:
-                row.state = constraint.step(row.state, token)
-
-    def _leave(self) -> Iterator[int]:
-        """Take complete rows out; the last active row moves into the gap."""
-        slot = 0
-        while slot < len(self.active):
-            row = self.active[slot]
-            ended = row.written[-1] in self.engine.end_ids
-            if not ended and len(row.written) < self.sampler.max_new_tokens:
-                slot += 1
-                continue
-            written = row.written[:-1] if ended else row.written
-            self.replies[row.index] = Reply(tuple(written), ended)
-            last = self.active.pop()
-            if last is not row:
-                self.active[slot] = last
-                self.cache.move(len(self.active), slot, last.length)
-                if self.seen is not None:
-                    self.seen[slot] = self.seen[len(self.active)]
-            yield row.index
+    def describe(self) -> dict[str, Any]:
+        """What a manifest records under `device`: `engine`, its version, device, dtype, `row_seeds`
+        (whether each row's own seed was honoured) and whatever else decides the replies."""
+        ...
