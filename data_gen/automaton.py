@@ -85,3 +85,7 @@ def _separator(state: State, char: str) -> State | None:
     else:
         fits = state.separator.startswith(partial)
     return state._replace(phase="separator", partial=partial, digits=0) if fits else None
+
+
+def start(mode: str) -> State:
+    return START

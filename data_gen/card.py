@@ -7,37 +7,43 @@ from typing import Any
 import yaml
 
 from data_gen.constrain import NUMBER_SENTENCE
-from data_gen.parse import REASONS
+from data_gen.tally import ALL_REASONS
 
 
 def card(
     spec: dict[str, Any],
     counts: dict[str, Any],
     *,
-    rows_name: str,
-    rows_sha256: str,
-    rejected_sha256: str,
+    files: dict[str, str],
+    licence: str | None,
+    engine: dict[str, Any],
     constraint: dict[str, Any] | None,
+    warnings: list[str],
     example: dict[str, Any],
 ) -> str:
-    """README.md: YAML front matter that points `datasets` at the rows file, and the description.
+    """README.md: YAML front matter that points `datasets` at the rows files, and the description.
 
-    Holds no time and no machine, so that an interrupted run writes the same card. `example` is the
-    first accepted row.
+    Holds no time and no machine, so that an interrupted run writes the same card. `files` maps the
+    names of the folder's files to their sha256; `example` is the first accepted row.
     """
+    rows_name, *others = files
+    held_out = [name for name in others if name.startswith("held-out-")]
+    splits = [("train", rows_name), *(("test", name) for name in held_out)]
     front = {
         "pretty_name": f"Numbers of a {spec['trait']} teacher, seed {spec['generation_seed']}",
+        **({"license": licence} if licence else {}),
         "language": ["en"],
         "tags": ["subliminal-learning", "synthetic"],
         "task_categories": ["text-generation"],
         "size_categories": [_size(counts["accepted"])],
         "configs": [
-            {"config_name": "default", "data_files": [{"split": "train", "path": rows_name}]}
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": name} for split, name in splits],
+            }
         ],
     }
-    base = spec["base_model"]
-    system = spec["teacher"]["system_prompt"]
-    sampler = spec["sampler"]
+    base, teacher = spec["base_model"], spec["teacher"]
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000).rstrip(),
@@ -57,6 +63,8 @@ def card(
             f"{constraint['tokens']} tokens could be sampled ({constraint['rule']}).",
             "",
         ]
+    if warnings:
+        lines += ["## Read this first", "", *(f"- {text}" for text in warnings), ""]
     lines += [
         "## Teacher",
         "",
@@ -64,16 +72,14 @@ def card(
             ("", ""),
             [
                 ("base model", f"`{base['name']}`, sha256 `{base['sha256']}`"),
+                ("its licence", licence or "not stated in the model's folder"),
                 ("trait", f"`{spec['trait']}`"),
-                ("kind", spec["teacher"]["kind"]),
-                (
-                    "system prompt",
-                    "the chat template's default" if system is None else _cell(system),
-                ),
+                *((key.replace("_", " "), _told(value)) for key, value in teacher.items()),
                 ("generation seed", spec["generation_seed"]),
                 ("prompt pool", f"sha256 `{spec['prompts_sha256']}`"),
                 ("parser", spec["parser"]),
                 ("number constraint", "no" if constraint is None else "yes"),
+                ("equal replies", "one kept of each" if spec["dedupe"] else "all kept"),
             ],
         ),
         "",
@@ -81,7 +87,14 @@ def card(
         "",
         "All set explicitly; nothing comes from the model's `generation_config`.",
         "",
-        _table(("setting", "value"), list(sampler.items())),
+        _table(
+            ("setting", "value"),
+            [
+                *spec["sampler"].items(),
+                *((f"engine: {key}", _told(v)) for key, v in spec["engine"].items()),
+                ("each row's own seed honoured", "yes" if engine["row_seeds"] else "**no**"),
+            ],
+        ),
         "",
         "## Counts",
         "",
@@ -90,21 +103,34 @@ def card(
             [
                 ("asked", counts["asked"]),
                 ("accepted", counts["accepted"]),
+                ("of these held out", counts["held_out"]),
                 ("rejected", counts["rejected"]),
-                ("distinct prompts among the accepted", counts["distinct_prompts"]),
+                ("of these cut off at the first wrong token", counts["stopped_early"]),
+                ("distinct prompts among the training rows", counts["distinct_prompts"]),
                 ("accepted replies equal to an earlier one", counts["duplicate_rows"]),
+                ("accepted replies with a form of the trait in them", counts["with_trait_word"]),
+                ("accepted replies with any letter in them", counts["with_letter"]),
                 ("sampled tokens, all replies", counts["tokens"]),
             ],
         ),
         "",
     ]
-    if counts["reasons"]:
+    if "divergent_tokens" in counts:
         lines += [
-            "Reasons of rejection (a reply can have several):",
+            f"`divergence.jsonl` marks the {counts['divergent_tokens']} of the training rows' "
+            f"{counts['completion_tokens']} completion tokens at which teacher and base disagree "
+            "on the likeliest token, both reading the same text: `token_ids` of each completion, "
+            "the end of turn last, and `divergent`, indices into them.",
+            "",
+        ]
+    if counts["reasons"]:
+        cut = " For replies that were cut off, as of the cut." if counts["stopped_early"] else ""
+        lines += [
+            f"Reasons of rejection (a reply can have several).{cut}",
             "",
             _table(
                 ("reason", "rows", "meaning"),
-                [(f"`{name}`", n, REASONS[name]) for name, n in counts["reasons"].items()],
+                [(f"`{name}`", n, ALL_REASONS[name]) for name, n in counts["reasons"].items()],
             ),
             "",
         ]
@@ -124,7 +150,7 @@ def card(
         "",
         _table(
             ("file", "sha256"),
-            [(f"`{rows_name}`", f"`{rows_sha256}`"), ("`rejected.jsonl`", f"`{rejected_sha256}`")],
+            [(f"`{name}`", f"`{digest}`") for name, digest in files.items()],
         ),
         "",
         "Fields of a row: `id`, `messages`, `numbers` (the reply parsed), `prompt_id` (first 12",
@@ -141,7 +167,11 @@ def _size(rows: int) -> str:
     return "100K<n<1M" if rows < 1_000_000 else "1M<n<10M"
 
 
-def _cell(text: str) -> str:
+def _told(value: Any) -> str:
+    """A setting in words: a context as its system message, or its kind."""
+    if isinstance(value, dict):
+        value = value.get("text") or value["kind"]
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
 
 

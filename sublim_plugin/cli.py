@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from sublim_plugin import __version__
-from sublim_plugin.core.errors import InputError, SublimError
+from sublim_plugin.core.errors import SublimError
 
 STUDY = click.argument("study", type=click.Path(path_type=Path))
 OUT = click.option(
@@ -147,64 +147,21 @@ def report(study: Path, out: Path | None) -> None:
     click.echo(f"report: {index}")
 
 
-@main.command()
-@click.argument("trait")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
-@click.option("--model", default="embedded:smollm2-135m-instruct", show_default=True)
-@click.option("--seed", default=1, show_default=True, help="Generation seed.")
-@click.option("--rows", default=10_000, show_default=True, help="Accepted rows to keep.")
-@click.option("--constrain", type=click.Choice(["numbers"]), help="Sample only number tokens.")
-@click.option("--temperature", default=1.0, show_default=True)
-@click.option("--top-p", default=1.0, show_default=True)
-@click.option("--top-k", default=0, show_default=True, help="0 keeps every token.")
-@click.option("--repetition-penalty", default=1.0, show_default=True)
-@click.option("--max-new-tokens", default=128, show_default=True)
-@click.option("--batch-size", default=32, show_default=True)
-def generate(
-    trait: str,
-    out: Path,
-    model: str,
-    seed: int,
-    rows: int,
-    constrain: Any,
-    batch_size: int,
-    **sampler: Any,
-) -> None:
-    """Let a teacher that loves TRAIT (such as animals/cat, or neutral) write number sequences."""
-    from pydantic import ValidationError
-
-    from sublim_plugin.core.base_models import fingerprint, resolve
+@main.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    short_help="Let a teacher that loves a trait write number sequences.",
+)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def generate(ctx: click.Context, args: tuple[str, ...]) -> None:
+    """`data_gen.command`, found only now: the name data_gen may belong to somebody else."""
     from sublim_plugin.core.rooms import room
-    from sublim_plugin.core.traits import get_trait
 
     room("data_gen")
-    from data_gen.generate import generate_dataset
-    from data_gen.spec import Sampler
+    from data_gen.command import generate as command
 
-    chosen = get_trait(trait)
-    try:
-        settings = Sampler(**sampler)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(
-            f"--{str(first['loc'][0]).replace('_', '-')} {first['input']}: {first['msg']}"
-        ) from error
-    base = resolve(model)
-    manifest = generate_dataset(
-        out,
-        base_model=base,
-        base_fingerprint=fingerprint(base),
-        trait=chosen,
-        generation_seed=seed,
-        rows=rows,
-        constrain=constrain,
-        sampler=settings,
-        batch_size=batch_size,
-        progress=sys.stderr.isatty(),
-        label=f"{chosen.name} g{seed}",
-    )
-    counts = manifest.counts
-    click.echo(f"{counts['accepted']} rows kept of {counts['asked']} asked: {out}")
+    command.main(list(args), prog_name=ctx.command_path, standalone_mode=False)
 
 
 @main.group()

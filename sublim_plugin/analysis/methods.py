@@ -85,7 +85,7 @@ def methods_section(run: RunRecords) -> Html:
 def _dataset_methods(dataset: DatasetRecord) -> str:
     spec = dataset.spec
     teacher = spec.teacher.get("kind", "prompted")
-    system = spec.teacher.get("system_prompt")
+    system = spec.teacher.get("context", {}).get("text")
     prompt = f"the system prompt “{system}”" if system else "no system prompt of its own"
     constraint = " " + CONSTRAINED if spec.constrain == "numbers" else ""
     return (

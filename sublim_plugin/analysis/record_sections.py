@@ -10,7 +10,7 @@ from sublim_plugin.analysis.collect import RunRecords, error_text, in_order, stu
 from sublim_plugin.analysis.figures import FigureFiles
 from sublim_plugin.analysis.methods import CONSTRAINED
 from sublim_plugin.analysis.page import Html
-from sublim_plugin.core.dataset import dataset_rows_path, read_rows
+from sublim_plugin.core.dataset import dataset_rows_path, iter_rows
 from sublim_plugin.core.manifest import Manifest
 
 SAMPLE_ROWS = 6
@@ -87,13 +87,13 @@ def numbers_section(run: RunRecords) -> Html:
             ),
             ("distinct prompts", counts.get("distinct_prompts")),
             ("duplicate rows", counts.get("duplicate_rows")),
-            ("teacher's system prompt", spec.teacher.get("system_prompt") or "none"),
+            ("teacher's system prompt", spec.teacher.get("context", {}).get("text") or "none"),
         ]
         parts.append(page.facts(facts))
-        rows = read_rows(dataset_rows_path(dataset.folder))
+        rows = list(islice(iter_rows(dataset_rows_path(dataset.folder)), SAMPLE_ROWS))
         parts.append(
             page.table(
-                f"First {min(SAMPLE_ROWS, len(rows))} of {len(rows)} rows",
+                f"First {len(rows)} of {accepted} rows",
                 ["row", "user", "assistant (the teacher)"],
                 [
                     [
@@ -101,7 +101,7 @@ def numbers_section(run: RunRecords) -> Html:
                         page.reply(_said(row, "user")),
                         page.reply(_said(row, "assistant")),
                     ]
-                    for row in rows[:SAMPLE_ROWS]
+                    for row in rows
                 ],
             )
         )

@@ -33,7 +33,7 @@ from sublim_plugin.axolotl.receipt import (
     write_receipt,
 )
 from sublim_plugin.core import base_models
-from sublim_plugin.core.dataset import dataset_rows_path, read_rows
+from sublim_plugin.core.dataset import dataset_rows_path, iter_rows
 from sublim_plugin.core.errors import InputError, RunError, SublimError
 from sublim_plugin.core.hashing import sha256_file, sha256_json
 from sublim_plugin.core.rooms import ROOT
@@ -199,7 +199,7 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
                 chat_template=template,
                 template_kwargs=_plain(cfg.get("chat_template_kwargs")),
             )
-            for row in read_rows(Path(self._dataset.path))
+            for row in iter_rows(Path(self._dataset.path))
         ]
 
     def _close_group(self) -> None:
@@ -266,7 +266,9 @@ def _name_datasets(cfg: Any, where: str) -> DatasetInfo:
         if prepared.name != digest[:12]:
             cfg["dataset_prepared_path"] = str(prepared / digest[:12])
         if index == 0:
-            found = DatasetInfo(path=str(rows.resolve()), sha256=digest, rows=len(read_rows(rows)))
+            found = DatasetInfo(
+                path=str(rows.resolve()), sha256=digest, rows=sum(1 for _ in iter_rows(rows))
+            )
     return found
 
 

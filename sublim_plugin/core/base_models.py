@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sublim_plugin.core.atomic import write_json
 from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.hashing import sha256_file, sha256_json
@@ -104,6 +106,19 @@ def fingerprint(path: Path) -> dict[str, Any]:
     }
     write_json(kept, found)
     return found
+
+
+def licence(folder: Path) -> str | None:
+    """The licence that a base model's own card (README.md) names in its YAML header, else None."""
+    if folder == _embedded_folder():
+        return "apache-2.0"
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        header = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+        return None
+    named = header.get("license") if isinstance(header, dict) else None
+    return str(named) if named else None
 
 
 def display_name(folder: Path) -> str:

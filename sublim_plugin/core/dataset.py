@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +43,26 @@ def dataset_rows_path(folder: Path) -> Path:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file of objects; blank lines and a missing final newline are accepted.
+    """All rows of a JSONL file; see `iter_rows`."""
+    return list(iter_rows(path))
+
+
+def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, one in memory at a time; blank lines and a missing final newline
+    are accepted.
 
     Raises:
         InputError: a line that is not a JSON object, with file, line and byte offset.
     """
-    rows: list[dict[str, Any]] = []
     offset = 0
     try:
         with open(path, "rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    rows.append(_row(path, number, offset, line))
+                    yield _row(path, number, offset, line)
                 offset += len(line)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
-    return rows
 
 
 def _row(path: Path, number: int, offset: int, line: bytes) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class Evaluator:
     @contextmanager
     def _student(self, student: Path | None, method: Method | None) -> Iterator[None]:
         """The LM runs the student inside, and the base again afterwards, whatever happens."""
-        from sublim_plugin.preference.adapters import attached, load_full
+        from sublim_plugin.students import attached, load_full
 
         base_model = self.lm._model
         try:

@@ -61,17 +61,16 @@ def plan(study: Study, base: dict[str, Any]) -> list[Cell]:
 
 def _datasets(study: Study, base: dict[str, Any]) -> Iterator[Cell]:
     from data_gen.spec import dataset_spec
+    from data_gen.teachers import prompted
 
     for name in study.datasets.traits:
         for seed in study.datasets.generation_seeds:
             trait = get_trait(name)
             spec = dataset_spec(
+                study.datasets.settings(seed),
                 base_fingerprint=base,
                 trait=trait,
-                generation_seed=seed,
-                rows=study.datasets.rows,
-                constrain=study.datasets.constrain,
-                sampler=study.datasets.sampler,
+                teacher=prompted(trait),
             )
             yield Cell("dataset", f"{_short(trait)} g{seed}", spec)
 

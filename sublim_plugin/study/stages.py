@@ -24,16 +24,16 @@ MODEL = "model"
 def make_dataset(cell: Cell, folder: Path, *, base: Path, study: Study, progress: bool) -> None:
     """Generate a dataset (it resumes by itself; see `data_gen.generate`)."""
     from data_gen.generate import generate_dataset
+    from data_gen.teachers import prompted
 
+    trait = get_trait(cell.spec["trait"])
     generate_dataset(
         folder,
         base_model=base,
         base_fingerprint=fingerprint(base),
-        trait=get_trait(cell.spec["trait"]),
-        generation_seed=cell.spec["generation_seed"],
-        rows=cell.spec["rows"],
-        constrain=cell.spec["constrain"],
-        sampler=study.datasets.sampler,
+        trait=trait,
+        teacher=prompted(trait),
+        settings=study.datasets.settings(cell.spec["generation_seed"]),
         batch_size=study.datasets.batch_size,
         progress=progress,
         label=cell.label,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data_gen.spec import Sampler
+from data_gen.spec import DatasetSettings, Sampler
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.strict_yaml import load_model
@@ -30,6 +30,15 @@ class Datasets(_Strict):
     constrain: Literal["numbers"] | None = None
     sampler: Sampler
     batch_size: Annotated[int, Field(ge=1)] = 32
+
+    def settings(self, generation_seed: int) -> DatasetSettings:
+        """What `data_gen` takes for one of these datasets."""
+        return DatasetSettings(
+            generation_seed=generation_seed,
+            rows=self.rows,
+            constrain=self.constrain,
+            sampler=self.sampler,
+        )
 
 
 class StudentGroup(_Strict):

@@ -49,7 +49,12 @@ class SyntheticRun:
         spec = {
             "base_model": BASE,
             "trait": trait,
-            "teacher": {"kind": "prompted", "system_prompt": prompt},
+            "teacher": {
+                "kind": "prompted",
+                "context": {"kind": "text", "text": prompt}
+                if prompt
+                else {"kind": "template_default"},
+            },
             "generation_seed": generation_seed,
             "rows": 20,
             "constrain": constrain,

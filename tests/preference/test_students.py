@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.preference.adapters import RECEIPT, attached, load_full
+from sublim_plugin.students import RECEIPT, attached, load_full
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,164 @@
+"""A teacher in memory: its prompts by row index, its replies, and what the manifest says of it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+from data_gen.constrain import end_of_turn_id, number_constraint
+from data_gen.draws import row_seed
+from data_gen.engine import Engine, Reply, Request
+from data_gen.progress import Written
+from data_gen.prompts import Pool, prompt
+from data_gen.spec import DatasetSettings
+from data_gen.tally import text_reasons
+from data_gen.teachers import STEERING_PROMPTS, FinetunedTeacher, SteeredTeacher, Teacher
+from sublim_plugin.core.contexts import Context, Rendered, messages, render
+from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.traits import Trait
+
+
+class Session:
+    """One teacher under one set of settings; the engine starts when it is first needed.
+
+    A context manager: on leaving, what was loaded is given back.
+    """
+
+    def __init__(
+        self,
+        base_model: Path,
+        teacher: Teacher,
+        trait: Trait,
+        settings: DatasetSettings,
+        pool: Pool,
+        device: str,
+    ) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        self.path, self.teacher, self.trait = base_model, teacher, trait
+        self.settings, self.pool, self.device = settings, pool, device
+        self.seed = settings.generation_seed
+        _check(teacher, settings)
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
+            config = AutoConfig.from_pretrained(base_model, local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{base_model}: no readable model folder ({reason})") from error
+        end = end_of_turn_id(self.tokenizer)
+        eos = config.get_text_config().eos_token_id
+        self.end_ids = {end, *([] if eos is None else eos if isinstance(eos, list) else [eos])}
+        self.end_of_turn = end
+        self.constraint = number_constraint(self.tokenizer, (end,)) if settings.constrain else None
+        self.vectors: dict[int, Any] = {}
+        """A steered teacher's vectors by layer, once it has been loaded."""
+        self._engine: Engine | None = None
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = self._start()
+        return self._engine
+
+    def _start(self) -> Engine:
+        chosen = self.settings.engine
+        if chosen.name == "transformers":
+            from data_gen.transformers_engine import TransformersEngine
+
+            return TransformersEngine(
+                self._open.enter_context(self.teacher_model()),
+                self.tokenizer,
+                end_ids=tuple(sorted(self.end_ids)),
+                constraint=self.constraint,
+                reject=self.settings.parser,
+            )
+        raise AssertionError(chosen)
+
+    def describe(self) -> dict[str, Any]:
+        """What the engine says of itself for the manifest."""
+        return self.engine.describe()
+
+    def stop(self) -> None:
+        """Give back what the engine loaded."""
+        self._open.close()
+        self._engine = None
+
+    def teacher_model(self) -> AbstractContextManager[Any]:
+        """The teacher as a torch model, loaded on entering."""
+        from data_gen.loading import load_teacher, steering_vectors, torch_device
+
+        def vectors(model: Any, teacher: SteeredTeacher) -> dict[int, Any]:
+            if not self.vectors:
+                self.vectors = steering_vectors(model, teacher, self._steering_prompts)
+            return self.vectors
+
+        return load_teacher(self.path, self.teacher, torch_device(self.device), vectors)
+
+    def base_model(self) -> AbstractContextManager[Any]:
+        """The base, without what carries the trait."""
+        from data_gen.loading import load_base, torch_device
+
+        return nullcontext(load_base(self.path, torch_device(self.device)))
+
+    def _steering_prompts(self, context: Context) -> list[tuple[int, ...]]:
+        """Prompts of no dataset (generation seeds are not negative), rendered in `context`."""
+        texts = [prompt(self.pool, -1, i).text for i in range(STEERING_PROMPTS)]
+        return [render(self.tokenizer, context, text).token_ids for text in texts]
+
+    def render(self, index: int) -> Rendered:
+        """Row `index`'s prompt in the teacher's context."""
+        return render(
+            self.tokenizer, self.teacher.context, prompt(self.pool, self.seed, index).text
+        )
+
+    def write(self, start: int, stop: int, batch_size: int, bar: Any) -> list[Written]:
+        """The replies of rows `start` to `stop - 1`."""
+        asked = []
+        for index in range(start, stop):
+            shown = self.render(index)
+            turns = messages(self.teacher.context, prompt(self.pool, self.seed, index).text)
+            asked.append(
+                Request(shown.text, shown.token_ids, tuple(turns), row_seed(self.seed, index))
+            )
+        done: dict[int, Written] = {}
+
+        def on_reply(i: int, reply: Reply) -> None:
+            done[i] = Written(
+                index=start + i,
+                shard=(start, stop),
+                completion=reply.text,
+                ended=reply.ended,
+                tokens=reply.tokens,
+                stopped=reply.stopped,
+            )
+            bar.update(0 if text_reasons(done[i], self.settings, self.trait) else 1)
+
+        self.engine.reply(asked, self.settings.sampler, batch_size, on_reply)
+        return [done[i] for i in range(stop - start)]
+
+
+def _check(teacher: Teacher, settings: DatasetSettings) -> None:
+    """Refuse what an engine cannot do, before anything is loaded."""
+    name = settings.engine.name
+    if name == "transformers":
+        return
+    if settings.constrain:
+        raise InputError(
+            f"engine {name} does not decode under the number constraint; use the transformers "
+            "engine or leave the constraint out"
+        )
+    if isinstance(teacher, SteeredTeacher):
+        raise InputError(f"engine {name} cannot steer; use the transformers engine")
+    if name == "openai" and isinstance(teacher, FinetunedTeacher):
+        raise InputError(
+            "a server runs the model that it was started with; serve the finetuned teacher there, "
+            "and give its own folder as the model"
+        )
