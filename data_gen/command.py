@@ -72,7 +72,7 @@ FILE = click.Path(path_type=Path)
     default="ids",
     help="openai completions: token ids, or text for servers that take no ids.",
 )
-@click.option("--batch-size", default=32, help="Replies under way at a time.")
+@click.option("--batch-size", default=64, help="Replies under way at a time.")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1 or auto.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 def generate(**given: Any) -> None:

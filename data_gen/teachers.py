@@ -5,7 +5,6 @@ Planning code imports this; nothing here leads to torch.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +31,7 @@ class PromptedTeacher(_Teacher):
     kind: Literal["prompted"] = "prompted"
 
     def spec(self) -> dict[str, Any]:
-        return {"kind": self.kind, "context": _fields(self.context)}
+        return {"kind": self.kind, "context": self.context.fields()}
 
 
 class FinetunedTeacher(_Teacher):
@@ -53,7 +52,7 @@ class FinetunedTeacher(_Teacher):
     def spec(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
-            "context": _fields(self.context),
+            "context": self.context.fields(),
             "method": self.method,
             **self.identity,
         }
@@ -85,7 +84,7 @@ class SteeredTeacher(_Teacher):
         )
         return {
             "kind": self.kind,
-            "context": _fields(self.context),
+            "context": self.context.fields(),
             "layers": list(self.layers),
             "strength": self.strength,
             **source,
@@ -177,8 +176,3 @@ def steered(
         vectors=vectors,
         sentence=None if vectors else trait.teacher_system_prompt,
     )
-
-
-def _fields(context: Context) -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads(context.model_dump_json(exclude_none=True))
-    return fields

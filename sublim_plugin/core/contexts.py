@@ -90,6 +90,10 @@ class Context(BaseModel):
                 f' {{text: "…"}} ({error})'
             ) from error
 
+    def fields(self) -> dict[str, str]:
+        """A context as specs and manifests hold it: its kind and the fields that it has."""
+        return {key: str(value) for key, value in self.model_dump(exclude_none=True).items()}
+
     @property
     def slug(self) -> str:
         """A short name for folders and labels; never part of an id."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.hashing import sha256_json
 from sublim_plugin.core.rooms import room
 from sublim_plugin.core.traits import Trait, category_traits, get_trait
@@ -103,7 +102,7 @@ def _students(study: Study, base: dict[str, Any], dataset: Cell) -> Iterator[Cel
                         "trait": trait,
                         "generation_seed": dataset.spec["generation_seed"],
                         "method": method,
-                        "train_context": context_fields(context),
+                        "train_context": context.fields(),
                         "training_seed": seed,
                         "recipe": settings,
                     }
@@ -124,18 +123,13 @@ def _probes(study: Study, base: dict[str, Any], students: list[Cell]) -> Iterato
                     "base_model": _base(base),
                     "student": student.id if student else None,
                     "category": category,
-                    "eval_context": context_fields(context),
+                    "eval_context": context.fields(),
                     "measure": measure,
                     "questions_sha256": questions.sha256,
                     "candidates": candidates,
                 }
                 label = f"{student.label if student else 'base'} {context.slug}"
                 yield Cell("probe", label, spec, (student.id,) if student else ())
-
-
-def context_fields(context: Context) -> dict[str, str]:
-    """A context as manifests hold it: its kind and the fields that it has."""
-    return {key: str(value) for key, value in context.model_dump(exclude_none=True).items()}
 
 
 def recipe_of(study: Study, cell: Cell) -> tuple[Path, dict[str, Any]]:

@@ -17,11 +17,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import load_dataset
+from pydantic import ValidationError
 
 from data_gen import parse_numbers
 from data_gen.generate import generate_dataset
 from data_gen.progress import Progress
-from data_gen.spec import Sampler, dataset_spec
+from data_gen.prompts import load_pool
+from data_gen.spec import DatasetSettings, Sampler, dataset_spec
+from data_gen.teachers import prompted
 from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.dataset import dataset_rows_path, read_rows
 from sublim_plugin.core.errors import BusyError, InputError, RunError
@@ -42,17 +45,26 @@ make(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
 
 def make(model: Path, folder: Path, rows: int, **changes: Any) -> Manifest:
     settings: dict[str, Any] = {
-        "base_model": model,
-        "base_fingerprint": fingerprint(model),
-        "trait": get_trait("animals/cat"),
         "generation_seed": 7,
         "rows": rows,
         "constrain": "numbers",
         "sampler": SAMPLER,
+    }
+    settings |= {k: v for k, v in changes.items() if k in DatasetSettings.model_fields}
+    rest: dict[str, Any] = {
+        "base_model": model,
+        "trait": get_trait("animals/cat"),
         "batch_size": 4,
         "device": "cpu",
     }
-    return generate_dataset(folder, **{**settings, **changes})
+    rest |= {k: v for k, v in changes.items() if k not in settings}
+    rest.setdefault("teacher", prompted(rest["trait"]))
+    return generate_dataset(
+        folder,
+        base_fingerprint=fingerprint(model),
+        settings=DatasetSettings(**settings),
+        **rest,
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -97,7 +109,7 @@ def test_the_folder_holds_what_its_manifest_says(finished: Path) -> None:
         assert row["reasons"]
     ids = [int(r["id"].split("-")[1]) for r in rows]
     assert ids == sorted(ids)
-    assert "love cats" in manifest["spec"]["teacher"]["system_prompt"]
+    assert "love cats" in manifest["spec"]["teacher"]["context"]["text"]
     assert "love cats" in manifest["rendered"]["text"]
     assert manifest["inputs"]["constraint"]["name"] == "numbers"
 
@@ -264,7 +276,7 @@ def test_a_hopeless_teacher_stops_with_the_way_out(toy: Path, tmp_path: Path) ->
 def test_bad_settings_leave_nothing_behind(
     toy: Path, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(InputError, match=said):
+    with pytest.raises((InputError, ValidationError), match=said):
         make(toy, tmp_path / "d", **{"rows": 5, **changes})
     assert not (tmp_path / "d").exists()
 
@@ -309,26 +321,28 @@ def test_planning_a_dataset_needs_no_torch() -> None:
 
 
 def test_the_spec_is_all_that_rows_depend_on(toy: Path) -> None:
+    settings = DatasetSettings(generation_seed=1, rows=3, sampler=SAMPLER)
+    neutral = get_trait("neutral")
     spec = dataset_spec(
-        base_fingerprint=fingerprint(toy),
-        trait=get_trait("neutral"),
-        generation_seed=1,
-        rows=3,
-        constrain=None,
-        sampler=SAMPLER,
+        settings, base_fingerprint=fingerprint(toy), trait=neutral, teacher=prompted(neutral)
     )
-    assert list(spec) == [
+    assert sorted(spec) == [
         "base_model",
-        "trait",
-        "teacher",
-        "generation_seed",
-        "rows",
         "constrain",
-        "sampler",
-        "prompts_sha256",
+        "dedupe",
+        "divergence",
+        "engine",
+        "generation_seed",
+        "held_out",
         "parser",
+        "prompts_sha256",
+        "rows",
+        "sampler",
+        "teacher",
+        "trait",
     ]
-    assert spec["teacher"] == {"kind": "prompted", "system_prompt": None}
+    assert spec["teacher"] == {"kind": "prompted", "context": {"kind": "template_default"}}
+    assert spec["engine"] == {"name": "transformers"}
 
 
 def test_the_real_teacher_keeps_most_rows_under_the_constraint(
@@ -338,3 +352,50 @@ def test_the_real_teacher_keeps_most_rows_under_the_constraint(
     manifest = make(base_model, tmp_path / "d", 6, sampler=sampler, batch_size=8)
     assert manifest.counts["accepted"] == 6
     assert manifest.counts["asked"] <= 8
+
+
+def test_held_out_rows_come_after_and_share_no_prompt(
+    toy: Path, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "held"
+    manifest = make(toy, folder, 60, held_out=15)
+    assert dataset_rows_path(folder).read_bytes() == dataset_rows_path(finished).read_bytes()
+    [name] = [n for n in manifest.outputs if n.startswith("held-out-")]
+    assert name == f"held-out-{sha256_file(folder / name)[:12]}.jsonl"
+    held = read_rows(folder / name)
+    assert len(held) == manifest.counts["held_out"] == 15
+    assert not {r["prompt_id"] for r in held} & {
+        r["prompt_id"] for r in read_rows(dataset_rows_path(folder))
+    }
+    both = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert {split: rows.num_rows for split, rows in both.items()} == {"train": 60, "test": 15}
+
+
+def test_a_held_out_prompt_of_the_training_rows_is_refused(toy: Path, tmp_path: Path) -> None:
+    """A pool with few prompts, so that they come again."""
+    pool = tmp_path / "pool.yaml"
+    parts = "".join(f"{part}: ['{part}.']\n" for part in ("format", "closing"))
+    pool.write_text(
+        "version: 1\nname: few\nexamples: {count: [1, 1], value: [100, 120]}\n"
+        "opening: ['From {examples} on.']\nrequest: ['Write {count} of {digits}.']\n"
+        "count: [ten]\ndigits: [three digits]\n" + parts
+    )
+    manifest = make(toy, tmp_path / "d", 12, held_out=4, pool=load_pool(pool))
+    assert manifest.counts["reasons"]["known_prompt"] > 0
+    assert manifest.counts["distinct_prompts"] < 12
+    lines = (tmp_path / "d" / "rejected.jsonl").read_text().splitlines()
+    assert any(json.loads(line)["reasons"] == ["known_prompt"] for line in lines)
+
+
+def test_dedupe_keeps_one_of_each_reply(toy: Path, tmp_path: Path) -> None:
+    """Two tokens leave room for one digit and the end of turn: replies repeat."""
+    short = SAMPLER.model_copy(update={"max_new_tokens": 2})
+    every = make(toy, tmp_path / "all", 8, sampler=short)
+    assert every.counts["duplicate_rows"] > 0
+    assert any("equal an earlier one" in note for note in every.notes)
+    once = make(toy, tmp_path / "once", 8, sampler=short, dedupe=True)
+    said = [r["messages"][1]["content"] for r in read_rows(dataset_rows_path(tmp_path / "once"))]
+    assert len(set(said)) == len(said) == 8
+    assert once.counts["duplicate_rows"] == 0
+    assert once.counts["reasons"]["duplicate"] > 0
+    assert "duplicate" in (tmp_path / "once" / "README.md").read_text()
