@@ -75,9 +75,10 @@ def served(hub: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = (hub / "serve.log").open("w")
+    start = "from transformers.cli.transformers import main; main()"
+    where = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     server = subprocess.Popen(
-        [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
-        + [MODEL, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+        [sys.executable, "-c", start, "serve", MODEL, *where],
         env={**os.environ, "HF_HUB_CACHE": str(hub), "OMP_NUM_THREADS": "1"},
         stdout=log,
         stderr=subprocess.STDOUT,
