@@ -61,7 +61,7 @@ def convert(target: Path) -> None:
             del model.config.quantization_config
         # The weights are plain float32 by now; newer releases still refuse to save what was read
         # through a quantizer.
-        model.hf_quantizer = None
+        model.hf_quantizer = None  # type: ignore[assignment]
         work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
         try:
             model.save_pretrained(work, safe_serialization=True)
