@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,8 @@ from sublim_plugin.core.hashing import sha256_file
 from sublim_plugin.core.traits import get_trait
 
 TRAIT = get_trait("animals/cat")
+BATCH = 128
+"""Rows that our side has under way at a time."""
 
 
 def settings(constrain: bool, budget: int) -> DatasetSettings:
@@ -62,12 +63,19 @@ class Ours:
     def __init__(self, base: Path, chosen: DatasetSettings, batch_size: int) -> None:
         from data_gen.session import Session
 
-        self.batch_size = batch_size
-        self.session = Session(base, prompted(TRAIT), TRAIT, chosen, load_pool(), "cpu")
+        self.session = Session(
+            base,
+            prompted(TRAIT),
+            TRAIT,
+            chosen,
+            load_pool(),
+            device="cpu",
+            batch_size=batch_size,
+        )
         self.engine: Any = self.session.engine
 
     def write(self, start: int, stop: int) -> list[Written]:
-        return self.session.write(start, stop, self.batch_size, _Silent())
+        return self.session.write(start, stop, _Silent())
 
 
 class _Silent:
@@ -194,9 +202,9 @@ def swap_test(mine: list[Written], theirs: list[Written], draws: int = 999) -> f
 def compare(base: Path, constrain: bool, quick: bool) -> dict[str, Any]:
     """Both sides in turn, several times; medians of rows per second and their ratio."""
     budget = 64 if constrain else 128
-    repeats, n = (1, 32) if quick else (3, 64 if constrain else 96)
+    repeats, n = (1, 32) if quick else (3, BATCH)
     budget = 32 if quick and not constrain else budget
-    ours = Ours(base, settings(constrain, budget), 64)
+    ours = Ours(base, settings(constrain, budget), BATCH)
     theirs = Theirs(base, ours)
     ours.write(0, 8)
     if not quick:
@@ -229,7 +237,7 @@ def compare(base: Path, constrain: bool, quick: bool) -> dict[str, Any]:
     asked = len(written["ours"])
     print(
         f"  {'constrained' if constrain else 'unconstrained'}, {budget} tokens at most, "
-        f"{repeats} x {n} rows, batch 64 against {theirs.batch_size}"
+        f"{repeats} x {n} rows, batch {BATCH} against {theirs.batch_size}"
     )
     for side in rates:
         low, high = min(rates[side]), max(rates[side])
@@ -310,7 +318,9 @@ def _million() -> None:
         path = Path(folder) / made.files[0]
         assert sum(1 for _ in iter_rows(path)) == rows
         assert sha256_file(path)[:12] in path.name
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text()
+    # not getrusage: its maximum counts the parent process that this one was forked from
+    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
     assert "torch" not in sys.modules
     print(json.dumps({"seconds": time.perf_counter() - began, "peak_mb": peak}))
 
@@ -333,10 +343,10 @@ def against_vllm(python: Path, base: Path, quick: bool) -> float:
         text=True,
     )
     theirs = float(json.loads(done.stdout.splitlines()[-1])["rows_per_s"])
-    ours = Ours(base, settings(False, 128), 64)
+    ours = Ours(base, settings(False, 128), BATCH)
     ours.write(0, 8)
     mine, _ = timed(ours.write, 1000, n)
-    print(f"  ours {mine:.2f} rows/s asked, vLLM {theirs:.2f} (its own dtype rules, both float32)")
+    print(f"  {n} rows, both float32: ours {mine:.2f} rows/s asked, vLLM {theirs:.2f}")
     return mine / theirs
 
 
@@ -344,13 +354,13 @@ def vllm_side(base: Path, n: int) -> None:
     from data_gen.session import Session
     from data_gen.spec import EngineSpec
 
-    chosen = settings(False, 128).model_copy(
-        update={"engine": EngineSpec(name="vllm", row_seeds=False)}
+    chosen = settings(False, 128).model_copy(update={"engine": EngineSpec(name="vllm")})
+    session = Session(
+        base, prompted(TRAIT), TRAIT, chosen, load_pool(), device="cpu", batch_size=BATCH
     )
-    session = Session(base, prompted(TRAIT), TRAIT, chosen, load_pool(), "cpu")
-    session.write(0, 8, 64, _Silent())
+    session.write(0, 8, _Silent())
     began = time.perf_counter()
-    session.write(1000, 1000 + n, 64, _Silent())
+    session.write(1000, 1000 + n, _Silent())
     print(json.dumps({"rows_per_s": n / (time.perf_counter() - began)}))
 
 

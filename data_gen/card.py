@@ -92,7 +92,7 @@ def card(
             [
                 *spec["sampler"].items(),
                 *((f"engine: {key}", _told(v)) for key, v in spec["engine"].items()),
-                ("each row's own seed honoured", "yes" if engine["row_seeds"] else "**no**"),
+                ("each row's own seed", _seeds(engine["row_seeds"])),
             ],
         ),
         "",
@@ -158,6 +158,12 @@ def card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _seeds(row_seeds: bool | str) -> str:
+    if row_seeds == "sent":
+        return "sent to the server; whether it honoured them cannot be known"
+    return "honoured" if row_seeds else "**not honoured**"
 
 
 def _size(rows: int) -> str:

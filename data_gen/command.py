@@ -51,7 +51,6 @@ FILE = click.Path(path_type=Path)
 @click.option(
     "--engine", type=click.Choice(["transformers", "vllm", "openai"]), default="transformers"
 )
-@click.option("--no-row-seeds", is_flag=True, help="vllm: one seed in place of one per row.")
 @click.option("--server", help="openai: URL with its /v1.")
 @click.option("--server-model", help="openai: the model's name on the server.")
 @click.option(
@@ -127,7 +126,6 @@ def _settings(given: dict[str, Any]) -> Any:
             sampler=Sampler(**{key: given[key] for key in Sampler.model_fields}),
             engine=EngineSpec(
                 name=given["engine"],
-                row_seeds=not given["no_row_seeds"],
                 url=given["server"],
                 model=given["server_model"],
                 **{key: given[key] for key in ("api", "sends", "prompt_as")},

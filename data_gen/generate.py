@@ -84,11 +84,13 @@ def generate_dataset(
                 left_over.remove()
         return manifest
     with (
-        Session(base_model, teacher, trait, settings, pool, device) as session,
+        Session(
+            base_model, teacher, trait, settings, pool, device=device, batch_size=batch_size
+        ) as session,
         Progress(work, spec) as replies,
     ):
         resumed = replies.done
-        _decode(replies, session, batch_size, progress)
+        _decode(replies, session, progress)
         engine = session.describe()
         session.stop()
         with replies.writing():
@@ -145,7 +147,7 @@ def generate_dataset(
                 seeds={
                     "generation": settings.generation_seed,
                     "prompts": settings.generation_seed,
-                    "rows": "per row" if engine["row_seeds"] else "not honoured by the engine",
+                    "rows": {True: "per row"}.get(engine["row_seeds"], engine["row_seeds"]),
                 },
                 template={
                     "sha256": base_fingerprint.get("template_sha256"),
@@ -181,7 +183,7 @@ class _Output:
         self.lines += 1
 
 
-def _decode(replies: Progress, session: Session, batch_size: int, progress: bool) -> None:
+def _decode(replies: Progress, session: Session, progress: bool) -> None:
     """Ask until there are enough. The sizes of the shards depend on what came before alone."""
     from tqdm import tqdm
 
@@ -207,7 +209,7 @@ def _decode(replies: Progress, session: Session, batch_size: int, progress: bool
                 teacher = f"{session.path} as a {session.teacher.kind} {session.trait.name}"
                 raise InputError(tally.hopeless(teacher))
             start = replies.done
-            shard = session.write(start, start + _shard_size(tally, batch_size), batch_size, bar)
+            shard = session.write(start, start + _shard_size(tally, session.batch_size), bar)
             replies.append(shard)
             count(shard)
             bar.set_postfix(asked=tally.asked, refresh=False)

@@ -32,12 +32,15 @@ class Session:
         trait: Trait,
         settings: DatasetSettings,
         pool: Pool,
+        *,
         device: str,
+        batch_size: int,
     ) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
         self.path, self.teacher, self.trait = base_model, teacher, trait
         self.settings, self.pool, self.device = settings, pool, device
+        self.batch_size = batch_size
         self.seed = settings.generation_seed
         _check(teacher, settings)
         try:
@@ -48,6 +51,8 @@ class Session:
             raise InputError(f"{base_model}: no readable model folder ({reason})") from error
         end = end_of_turn_id(self.tokenizer)
         eos = config.get_text_config().eos_token_id
+        # vLLM would take a float32 model to 16 bits
+        self.dtype = str(config.dtype or "auto").removeprefix("torch.")
         self.end_ids = {end, *([] if eos is None else eos if isinstance(eos, list) else [eos])}
         self.end_of_turn = end
         self.constraint = number_constraint(self.tokenizer, (end,)) if settings.constrain else None
@@ -80,7 +85,26 @@ class Session:
                 constraint=self.constraint,
                 reject=self.settings.parser,
             )
-        raise AssertionError(chosen)
+        if chosen.name == "vllm":
+            from data_gen.vllm_engine import VllmEngine
+
+            return VllmEngine(
+                self.teacher.folder if isinstance(self.teacher, FinetunedTeacher) else self.path,
+                end_ids=tuple(sorted(self.end_ids)),
+                batch_size=self.batch_size,
+                dtype=self.dtype,
+            )
+        from data_gen.openai_engine import OpenAIEngine
+
+        return OpenAIEngine(
+            str(chosen.url),
+            str(chosen.model),
+            api=chosen.api,
+            sends=chosen.sends,
+            prompt_as=chosen.prompt_as,
+            end_ids=tuple(sorted(self.end_ids)),
+            end_text=str(self.tokenizer.decode([self.end_of_turn])),
+        )
 
     def describe(self) -> dict[str, Any]:
         """What the engine says of itself for the manifest."""
@@ -119,7 +143,7 @@ class Session:
             self.tokenizer, self.teacher.context, prompt(self.pool, self.seed, index).text
         )
 
-    def write(self, start: int, stop: int, batch_size: int, bar: Any) -> list[Written]:
+    def write(self, start: int, stop: int, bar: Any) -> list[Written]:
         """The replies of rows `start` to `stop - 1`."""
         asked = []
         for index in range(start, stop):
@@ -141,7 +165,7 @@ class Session:
             )
             bar.update(0 if text_reasons(done[i], self.settings, self.trait) else 1)
 
-        self.engine.reply(asked, self.settings.sampler, batch_size, on_reply)
+        self.engine.reply(asked, self.settings.sampler, self.batch_size, on_reply)
         return [done[i] for i in range(stop - start)]
 
 
@@ -157,6 +181,10 @@ def _check(teacher: Teacher, settings: DatasetSettings) -> None:
         )
     if isinstance(teacher, SteeredTeacher):
         raise InputError(f"engine {name} cannot steer; use the transformers engine")
+    if name == "openai":
+        from data_gen.openai_api import check_context
+
+        check_context(teacher.context, settings.engine.api)
     if name == "openai" and isinstance(teacher, FinetunedTeacher):
         raise InputError(
             "a server runs the model that it was started with; serve the finetuned teacher there, "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_gen.parse import Mode
 from data_gen.prompts import Pool, load_pool
@@ -38,8 +38,6 @@ class EngineSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: Literal["transformers", "vllm", "openai"] = "transformers"
-    row_seeds: bool = True
-    """vllm: whether each row's seed is passed; its CPU build cannot take them."""
     url: str | None = None
     """openai: where the server answers, with its /v1."""
     model: str | None = None
@@ -48,12 +46,18 @@ class EngineSpec(BaseModel):
     sends: Literal["all", "openai"] = "all"
     prompt_as: Literal["ids", "text"] = "ids"
 
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.name == "openai" and not (self.url and self.model):
+            raise ValueError("the openai engine needs the server's URL and the model's name there")
+        if self.name != "openai" and (self.url or self.model):
+            raise ValueError(f"the {self.name} engine has no server; leave out its URL and model")
+        return self
+
     def spec(self) -> dict[str, Any]:
         """What enters the dataset's id: all that the engine in question reads, but no URL."""
-        if self.name == "transformers":
+        if self.name != "openai":
             return {"name": self.name}
-        if self.name == "vllm":
-            return {"name": self.name, "row_seeds": self.row_seeds}
         return {key: getattr(self, key) for key in ("name", "model", "api", "sends", "prompt_as")}
 
 

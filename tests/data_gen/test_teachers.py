@@ -68,9 +68,13 @@ def full(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(toy: Path, teacher: Teacher, trait: Any = CAT) -> list[str]:
     settings = DatasetSettings(generation_seed=3, rows=N, sampler=GREEDY)
-    with Session(toy, teacher, trait, settings, load_pool(), "cpu") as session:
+    with session_of(toy, teacher, trait, settings) as session:
         session.engine.filter = None  # type: ignore[attr-defined]
-        return [w.completion for w in session.write(0, N, 4, Nothing())]
+        return [w.completion for w in session.write(0, N, Nothing())]
+
+
+def session_of(toy: Path, teacher: Teacher, trait: Any, settings: DatasetSettings) -> Session:
+    return Session(toy, teacher, trait, settings, load_pool(), device="cpu", batch_size=4)
 
 
 def generated(model: Any, tokenizer: Any, context: Context) -> list[str]:
@@ -139,12 +143,19 @@ def test_what_is_no_teacher_is_refused(
         written(base_model, finetuned(lora))
     with pytest.raises(InputError, match="own sentence"):
         prompted(CAT, Context(kind="empty"))
-    for engine in ("vllm", "openai"):
-        settings = DatasetSettings(
-            generation_seed=3, rows=N, sampler=GREEDY, constrain="numbers", engine={"name": engine}
-        )
-        with pytest.raises(InputError, match="number constraint"):
-            Session(toy, prompted(CAT), CAT, settings, load_pool(), "cpu")
+    vllm = DatasetSettings(
+        generation_seed=3, rows=N, sampler=GREEDY, constrain="numbers", engine={"name": "vllm"}
+    )
+    with pytest.raises(InputError, match="number constraint"):
+        session_of(toy, prompted(CAT), CAT, vllm)
+    served = {"name": "openai", "url": "http://127.0.0.1:9/v1", "model": "m", "api": "chat"}
+    server = DatasetSettings(generation_seed=3, rows=N, sampler=GREEDY, engine=served)
+    with pytest.raises(InputError, match="completions API"):
+        session_of(toy, prompted(NEUTRAL, Context(kind="none")), NEUTRAL, server)
+    with pytest.raises(InputError, match="serve the finetuned teacher"):
+        session_of(toy, finetuned(lora), CAT, server)
+    with pytest.raises(InputError, match="cannot steer"):
+        session_of(toy, steered(CAT, (0,), 1.0), CAT, server)
 
 
 def test_steering_vectors_are_the_difference_of_means(toy: Path, tokenizer: Any) -> None:
