@@ -109,7 +109,7 @@ class Theirs:
         width = inputs["input_ids"].shape[1]
         processors = LogitsProcessorList()
         if self.session.constraint is not None:
-            processors.append(_masking(self.session.constraint, width, stop - start))
+            processors.append(masking(self.session.constraint, width, stop - start))
         torch.manual_seed(start)
         with torch.inference_mode():
             out = self.model.generate(
@@ -141,7 +141,7 @@ class Theirs:
         return found
 
 
-def _masking(constraint: Any, width: int, n: int) -> Any:
+def masking(constraint: Any, width: int, n: int) -> Any:
     """A logits processor that lets through what the number constraint allows."""
     import torch
     from transformers import LogitsProcessor

@@ -239,7 +239,7 @@ def test_divergence_is_where_two_plain_passes_disagree(
     teacher: Teacher = {
         "prompted": prompted(CAT),
         "finetuned": finetuned(lora),
-        "steered": steered(CAT, (0,), 6.0),
+        "steered": steered(CAT, (0,), 0.5),
     }[kind]
     made = make(toy, tmp_path / "d", 7, teacher=teacher, divergence=True)
     lines = [json.loads(x) for x in (tmp_path / "d/divergence.jsonl").read_text().splitlines()]
@@ -253,7 +253,7 @@ def test_divergence_is_where_two_plain_passes_disagree(
         vector = load_file(tmp_path / "d" / "steering.safetensors")["layer.0"]
         other.model.layers[0].register_forward_hook(
             lambda module, inputs, out: (
-                (out[0] + 6 * vector, *out[1:]) if isinstance(out, tuple) else out + 6 * vector
+                (out[0] + 0.5 * vector, *out[1:]) if isinstance(out, tuple) else out + 0.5 * vector
             )
         )
     default = Context(kind="template_default")
