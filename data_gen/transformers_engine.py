@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.cache_utils import Cache
 
-from data_gen.automaton import START
+from data_gen.automaton import start
 from data_gen.constrain import Constraint
 from data_gen.draws import uniforms
 from data_gen.sampler import pick, probabilities
@@ -152,7 +152,7 @@ class _Row:
         self.uniforms = uniforms(f"sublim sample/{request.seed}", budget)
         self.written: list[int] = []
         self.length = len(request.token_ids)
-        self.state = START
+        self.state = start("strict")
 
 
 class Engine:
