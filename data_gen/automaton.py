@@ -25,6 +25,9 @@ _BULLETS = "-*"
 _PIECE = re.compile(r"[ \t\r\n]+|.", re.DOTALL)
 
 
+Phase = Literal["start", "open", "bullet", "item", "number", "separator", "closed", "end"]
+
+
 class State(NamedTuple):
     """What the rest of a reply depends on.
 
@@ -37,9 +40,7 @@ class State(NamedTuple):
     """
 
     mode: Mode
-    phase: Literal[
-        "start", "open", "bullet", "item", "number", "separator", "closed", "end"
-    ] = "start"
+    phase: Phase = "start"
     bracket: str = ""
     separator: str | None = None
     partial: str = ""
@@ -57,8 +58,8 @@ def start(mode: Mode) -> State:
 def advance(state: State, text: str) -> State | None:
     """The state after `text`, or None where no accepted reply begins so. Linear in its length."""
     after = _strict if state.mode == "strict" else _tolerant
-    for piece in _PIECE.findall(text):
-        found = after(state, piece)
+    for piece in _PIECE.finditer(text):
+        found = after(state, piece.group())
         if found is None:
             return None
         state = found

@@ -28,6 +28,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import islice
 from typing import Literal, get_args
 
 from sublim_plugin.core.errors import InputError
@@ -171,11 +172,17 @@ def reject_reasons(
 
 
 _FOREIGN = re.compile(r"[^0-9 \t\r\n,;.()\[\]]")
+_TOO_LONG = re.compile(r"[0-9]{4}")
 _PUNCTUATION = re.compile(r"[.()\[\]]")
 # one that the text ends after may still get its number
-_BULLET = re.compile(r"(?:\A|(?<=[\r\n]))([ \t]*+)[-*](?=[ \t]++[0-9]|[ \t]*+\Z)")
+_BULLET = re.compile(r"(?:\A|(?<=[\r\n]))[ \t]*+[-*](?=[ \t]++[0-9]|[ \t]*+\Z)")
 _OUTER = " \t\r\n,;*"
 _RUN = re.compile(r"[ \t\r\n,;*]+")
+
+
+def _gaps(core: str) -> set[str]:
+    """What separates the first numbers of `core`."""
+    return {gap.group() for gap in islice(_RUN.finditer(core), MAX_NUMBERS)}
 
 
 def _format_reasons(text: str, mode: Mode) -> set[str]:
@@ -192,11 +199,11 @@ def _format_reasons(text: str, mode: Mode) -> set[str]:
     if _FOREIGN.search(_BULLET.sub("", text) if mode == "tolerant" else text):
         found.add("characters")
     elif mode == "tolerant":
-        text = _BULLET.sub(r"\1*", text)
-    runs = _DIGITS.findall(text)
-    if len(runs) > MAX_NUMBERS:
+        text = _BULLET.sub("*", text)
+    numbers = sum(1 for _ in islice(_DIGITS.finditer(text), MAX_NUMBERS + 1))
+    if numbers > MAX_NUMBERS:
         found.add("too_many")
-    if any(len(run) > 3 for run in runs):
+    if _TOO_LONG.search(text):
         found.add("range")
     if "characters" in found or "empty" in found:
         return found
@@ -220,16 +227,16 @@ def _format_reasons(text: str, mode: Mode) -> set[str]:
         if head or (opened and left) or right:
             found.add("outer_space")
         if "punctuation" not in found:
-            found |= _strict_separators(core, tail, len(runs))
+            found |= _strict_separators(core, tail, numbers)
     else:
         if stop and not closed and tail:
             found.add("punctuation")
         if any(mark in head + (left if opened else "") + right for mark in ",;"):
             found.add("outer_space")
         if "punctuation" not in found:
-            found |= _tolerant_separators(head, core, tail, len(runs))
+            found |= _tolerant_separators(head, core, tail, numbers)
     if not found:
-        found = {"punctuation"} if opened and not closed else {"characters" if runs else "no_number"}
+        found = {"punctuation" if opened and not closed else "no_number"}
     return found
 
 
@@ -242,7 +249,7 @@ def _trim(text: str) -> tuple[str, str, str]:
 
 
 def _strict_separators(core: str, tail: str, numbers: int) -> set[str]:
-    gaps = set(_RUN.findall(core))
+    gaps = _gaps(core)
     if len(gaps) > 1 or any(gap.strip(SPACES) not in ("", ",", ";") for gap in gaps):
         return {"separator"}
     if not tail or not numbers:
@@ -258,7 +265,7 @@ def _strict_separators(core: str, tail: str, numbers: int) -> set[str]:
 def _tolerant_separators(head: str, core: str, tail: str, numbers: int) -> set[str]:
     found = set()
     kinds = {"mark"} if "*" in head + tail else set()
-    gaps = set(_RUN.findall(core))
+    gaps = _gaps(core)
     if any(gap.count(",") + gap.count(";") > 1 for gap in (*gaps, tail)):
         found.add("separator")
     for gap in gaps:
