@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from data_gen.automaton import START, State, advance, complete
+from data_gen.automaton import State, advance, complete, start
 from data_gen.spec import ConstraintName
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_json
@@ -33,7 +33,7 @@ class Constraint:
     """
 
     name: ConstraintName = "numbers"
-    start = START
+    start = start("strict")
 
     def __init__(self, texts: dict[int, str], end_ids: tuple[int, ...]) -> None:
         self.texts = texts

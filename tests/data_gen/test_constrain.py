@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_gen.automaton import START
+from data_gen.automaton import start
 from data_gen.constrain import RULE, Constraint, end_of_turn_id, number_constraint
 from data_gen.parse import parse_numbers
 
@@ -48,7 +48,7 @@ def test_whatever_the_masks_allow_is_accepted(tokenizer: Any) -> None:
     @given(st.data())
     @settings(max_examples=200)
     def walk(data: st.DataObject) -> None:
-        state, ids = START, []
+        state, ids = start("strict"), []
         for _ in range(200):
             allowed = [i for i, ok in zip(found.token_ids, found.mask(state), strict=True) if ok]
             assert allowed
@@ -71,7 +71,7 @@ def test_every_plain_list_can_be_written(
     tokenizer: Any, numbers: list[int], separator: str
 ) -> None:
     found = constraint_of(tokenizer)
-    state = START
+    state = start("strict")
     for token in tokenizer(separator.join(map(str, numbers)), add_special_tokens=False)[
         "input_ids"
     ]:
