@@ -33,13 +33,14 @@ from data_gen import parse_numbers, reject_reasons
 from data_gen.generate import assemble
 from data_gen.progress import Progress, Written
 from data_gen.prompts import load_pool
-from data_gen.spec import DatasetSettings, Sampler
+from data_gen.spec import DatasetSettings
 from data_gen.tally import Tally
 from data_gen.teachers import prompted
 from sublim_plugin.core.base_models import EMBEDDED, resolve
 from sublim_plugin.core.dataset import iter_rows
 from sublim_plugin.core.hashing import sha256_file
 from sublim_plugin.core.traits import get_trait
+from sublim_plugin.decoding.sampler import Sampler
 
 TRAIT = get_trait("animals/cat")
 BATCH = 128

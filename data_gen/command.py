@@ -117,8 +117,9 @@ def _settings(given: dict[str, Any]) -> Any:
     """The settings of a dataset. Raises InputError that names the option and what it takes."""
     from pydantic import ValidationError
 
-    from data_gen.spec import DatasetSettings, EngineSpec, Sampler
+    from data_gen.spec import DatasetSettings, EngineSpec
     from sublim_plugin.core.errors import InputError
+    from sublim_plugin.decoding.sampler import Sampler
 
     try:
         return DatasetSettings(

@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 
 from data_gen.card import card
 from data_gen.constrain import NUMBER_SENTENCE
-from data_gen.draws import row_seed
 from data_gen.parse import parse_numbers
 from data_gen.progress import Progress, Written
 from data_gen.prompts import Pool, load_pool
@@ -28,6 +27,7 @@ from sublim_plugin.core.hashing import canonical_json, sha256_file, sha256_json
 from sublim_plugin.core.manifest import Manifest, read_manifest, verify, write_manifest
 from sublim_plugin.core.traits import Trait
 from sublim_plugin.core.versions import device_info, installed
+from sublim_plugin.decoding.draws import row_seed
 
 __all__ = ["dataset_spec", "generate_dataset"]
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from data_gen.forward import decoder_layers, mean_residual, on_layers
 from data_gen.teachers import FinetunedTeacher, SteeredTeacher, Teacher
-from data_gen.transformers_engine import ATTENTION
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
+from sublim_plugin.decoding.transformers_engine import ATTENTION
 from sublim_plugin.students import attached, load_full
 
 RenderAll = Callable[[Context], Sequence[Sequence[int]]]

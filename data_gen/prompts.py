@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from data_gen.draws import integers
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_json, sha256_text
 from sublim_plugin.core.strict_yaml import load_model
+from sublim_plugin.decoding.draws import integers
 
 PARTS = ("opening", "request", "count", "digits", "format", "closing")
 _PLACEHOLDERS: dict[str, tuple[str, ...]] = {

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from data_gen.constrain import end_of_turn_id, number_constraint
-from data_gen.draws import row_seed
-from data_gen.engine import Engine, Reply, Request
 from data_gen.progress import Written
 from data_gen.prompts import Pool, prompt
 from data_gen.spec import DatasetSettings
 from data_gen.tally import text_reasons
 from data_gen.teachers import STEERING_PROMPTS, FinetunedTeacher, SteeredTeacher, Teacher
+from data_gen.token_filter import TokenFilter
 from sublim_plugin.core.contexts import Context, Rendered, messages, render
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.traits import Trait
+from sublim_plugin.decoding.draws import row_seed
+from sublim_plugin.decoding.engine import Engine, Reply, Request
 
 
 class Session:
@@ -76,17 +77,17 @@ class Session:
     def _start(self) -> Engine:
         chosen = self.settings.engine
         if chosen.name == "transformers":
-            from data_gen.transformers_engine import TransformersEngine
+            from sublim_plugin.decoding.transformers_engine import TransformersEngine
 
             return TransformersEngine(
                 self._open.enter_context(self.teacher_model()),
                 self.tokenizer,
                 end_ids=tuple(sorted(self.end_ids)),
                 constraint=self.constraint,
-                reject=self.settings.parser,
+                reject=TokenFilter(self.tokenizer, self.settings.parser),
             )
         if chosen.name == "vllm":
-            from data_gen.vllm_engine import VllmEngine
+            from sublim_plugin.decoding.vllm_engine import VllmEngine
 
             return VllmEngine(
                 self.teacher.folder if isinstance(self.teacher, FinetunedTeacher) else self.path,
@@ -94,7 +95,7 @@ class Session:
                 batch_size=self.batch_size,
                 dtype=self.dtype,
             )
-        from data_gen.openai_engine import OpenAIEngine
+        from sublim_plugin.decoding.openai_engine import OpenAIEngine
 
         return OpenAIEngine(
             str(chosen.url),
@@ -182,7 +183,7 @@ def _check(teacher: Teacher, settings: DatasetSettings) -> None:
     if isinstance(teacher, SteeredTeacher):
         raise InputError(f"engine {name} cannot steer; use the transformers engine")
     if name == "openai":
-        from data_gen.openai_api import check_context
+        from sublim_plugin.decoding.openai_api import check_context
 
         check_context(teacher.context, settings.engine.api)
     if name == "openai" and isinstance(teacher, FinetunedTeacher):

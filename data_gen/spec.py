@@ -10,27 +10,9 @@ from data_gen.parse import Mode
 from data_gen.prompts import Pool, load_pool
 from data_gen.teachers import Teacher
 from sublim_plugin.core.traits import Trait
+from sublim_plugin.decoding.sampler import Sampler
 
 ConstraintName = Literal["numbers"]
-
-
-class Sampler(BaseModel):
-    """Sampler settings, none of which has a default: a model's generation_config never leaks in.
-
-    They apply in the order repetition penalty, temperature, top-k, top-p, as in transformers.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """0 takes the most likely token."""
-    top_p: Annotated[float, Field(gt=0, le=1)]
-    """1 keeps every token."""
-    top_k: Annotated[int, Field(ge=0)]
-    """0 keeps every token."""
-    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """1 is none; counts the tokens of the prompt and of the reply, as in transformers."""
-    max_new_tokens: Annotated[int, Field(ge=1)]
-    """Budget of a reply in tokens, the end of turn among them."""
 
 
 class EngineSpec(BaseModel):

@@ -8,11 +8,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data_gen.spec import DatasetSettings, Sampler
+from data_gen.spec import DatasetSettings
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.strict_yaml import load_model
 from sublim_plugin.core.traits import NEUTRAL, Trait, get_trait
+from sublim_plugin.decoding.sampler import Sampler
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

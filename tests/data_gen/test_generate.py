@@ -23,7 +23,7 @@ from data_gen import parse_numbers
 from data_gen.generate import generate_dataset
 from data_gen.progress import Progress
 from data_gen.prompts import load_pool
-from data_gen.spec import DatasetSettings, Sampler, dataset_spec
+from data_gen.spec import DatasetSettings, dataset_spec
 from data_gen.teachers import prompted
 from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.dataset import dataset_rows_path, read_rows
@@ -31,6 +31,7 @@ from sublim_plugin.core.errors import BusyError, InputError, RunError
 from sublim_plugin.core.hashing import sha256_file
 from sublim_plugin.core.manifest import Manifest
 from sublim_plugin.core.traits import get_trait
+from sublim_plugin.decoding.sampler import Sampler
 from tests.data_gen.toy import save_toy
 
 SAMPLER = Sampler(temperature=1, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=24)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_gen.draws import integers, row_seed, uniforms
 from data_gen.prompts import PARTS, load_pool, prompt
 from sublim_plugin.core.errors import InputError
+from sublim_plugin.decoding.draws import integers, row_seed, uniforms
 
 
 def test_our_pool_has_five_million_forms() -> None:

@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM
 from data_gen.loading import load_teacher, steering_vectors, torch_device
 from data_gen.prompts import load_pool, prompt
 from data_gen.session import Session
-from data_gen.spec import DatasetSettings, Sampler
+from data_gen.spec import DatasetSettings
 from data_gen.teachers import STEERING_PROMPTS, Teacher, finetuned, prompted, steered
 from sublim_plugin.core.contexts import Context, render
 from sublim_plugin.core.dataset import dataset_rows_path, read_rows
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.manifest import write_manifest
 from sublim_plugin.core.traits import get_trait
+from sublim_plugin.decoding.sampler import Sampler
 from tests.data_gen.test_generate import contents, make
 from tests.data_gen.toy import save_toy
 

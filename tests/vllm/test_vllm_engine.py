@@ -21,14 +21,14 @@ import httpx
 import pytest
 import torch
 
-from data_gen.draws import row_seed
-from data_gen.engine import Reply, Request
-from data_gen.openai_engine import OpenAIEngine
 from data_gen.prompts import load_pool, prompt
-from data_gen.spec import Sampler
-from data_gen.vllm_engine import VllmEngine
 from sublim_plugin.core.contexts import Context, messages, render
 from sublim_plugin.core.errors import InputError
+from sublim_plugin.decoding.draws import row_seed
+from sublim_plugin.decoding.engine import Reply, Request
+from sublim_plugin.decoding.openai_engine import OpenAIEngine
+from sublim_plugin.decoding.sampler import Sampler
+from sublim_plugin.decoding.vllm_engine import VllmEngine
 
 SAMPLER = Sampler(temperature=1, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=12)
 GREEDY = SAMPLER.model_copy(update={"temperature": 0})

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from data_gen.spec import Sampler
+from sublim_plugin.decoding.sampler import Sampler
 
 
 class Request(NamedTuple):
@@ -33,6 +33,25 @@ class Reply(NamedTuple):
     """Whether the end of turn was reached."""
     stopped: bool = False
     """Whether it was cut off because no continuation could have been accepted any more."""
+
+
+class Constraint(Protocol):
+    """Which tokens may be sampled: `token_ids` at all, and `mask(state)` of them next."""
+
+    token_ids: tuple[int, ...]
+    start: Any
+
+    def mask(self, state: Any) -> tuple[bool, ...]: ...
+
+    def step(self, state: Any, token_id: int) -> Any: ...
+
+
+class Filter(Protocol):
+    """Which replies can yet be accepted: `step` gives None where none that begins so can."""
+
+    start: Any
+
+    def step(self, state: Any, written: Sequence[int]) -> Any: ...
 
 
 OnReply = Callable[[int, Reply], object]

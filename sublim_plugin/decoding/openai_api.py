@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from data_gen.engine import Reply, Request
-from data_gen.spec import Sampler
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
+from sublim_plugin.decoding.engine import Reply, Request
+from sublim_plugin.decoding.sampler import Sampler
 
 Api = Literal["completions", "chat"]
 Sends = Literal["all", "openai"]

@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_gen.engine import OnReply, Reply, Request
-from data_gen.openai_api import (
+from sublim_plugin.core.errors import InputError, MissingDependencyError, RunError
+from sublim_plugin.decoding.engine import OnReply, Reply, Request
+from sublim_plugin.decoding.openai_api import (
     Answer,
     Api,
     PromptAs,
@@ -26,8 +27,7 @@ from data_gen.openai_api import (
     read,
     refusal,
 )
-from data_gen.spec import Sampler
-from sublim_plugin.core.errors import InputError, MissingDependencyError, RunError
+from sublim_plugin.decoding.sampler import Sampler
 
 if TYPE_CHECKING:
     import httpx

@@ -19,15 +19,10 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from data_gen.automaton import State
-from data_gen.constrain import Constraint
-from data_gen.draws import uniforms
-from data_gen.engine import OnReply, Reply, Request
-from data_gen.parse import Mode
-from data_gen.sampler import pick, weights
-from data_gen.spec import Sampler
-from data_gen.token_filter import TokenFilter
 from sublim_plugin.core.errors import InputError
+from sublim_plugin.decoding.draws import uniforms
+from sublim_plugin.decoding.engine import Constraint, Filter, OnReply, Reply, Request
+from sublim_plugin.decoding.sampler import Sampler, pick, weights
 
 ATTENTION = "sublim_grouped"
 PREFILL_TOKENS = 1024
@@ -137,7 +132,7 @@ class _Row:
 
     `state` is that of the constraint or of the filter; None where the reply is given up."""
 
-    def __init__(self, index: int, request: Request, budget: int, state: State | None) -> None:
+    def __init__(self, index: int, request: Request, budget: int, state: Any) -> None:
         self.index, self.request = index, request
         self.uniforms = uniforms(f"sublim sample/{request.seed}", budget)
         self.written: list[int] = []
@@ -150,7 +145,7 @@ class TransformersEngine:
 
     A reply ends with one of `end_ids`. Under a `constraint` the output layer computes the logits of
     its tokens alone, which is the same as masking all others. With `reject`, a reply that this
-    parser mode can no longer accept leaves the batch at its first wrong token (`Reply.stopped`);
+    filter can no longer accept leaves the batch at its first wrong token (`Reply.stopped`);
     since every row has its own draws, this changes nothing about the replies that are accepted.
     Raises InputError for an architecture whose layers are not all attention layers.
     """
@@ -162,12 +157,12 @@ class TransformersEngine:
         *,
         end_ids: tuple[int, ...],
         constraint: Constraint | None,
-        reject: Mode | None,
+        reject: Filter | None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.device: torch.device = model.device
         self.end_ids = frozenset(end_ids)
-        self.filter = TokenFilter(tokenizer, reject) if reject and constraint is None else None
+        self.filter = reject if constraint is None else None
         config = self.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if not kinds <= {"full_attention", "sliding_attention"}:

@@ -12,15 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from data_gen.constrain import end_of_turn_id, number_constraint
-from data_gen.draws import row_seed, uniforms
-from data_gen.engine import Reply, Request
 from data_gen.loading import load_base
 from data_gen.parse import Mode, parse_numbers
 from data_gen.prompts import load_pool, prompt
-from data_gen.sampler import pick, probabilities
-from data_gen.spec import Sampler
-from data_gen.transformers_engine import TransformersEngine
+from data_gen.token_filter import TokenFilter
 from sublim_plugin.core.errors import InputError
+from sublim_plugin.decoding.draws import row_seed, uniforms
+from sublim_plugin.decoding.engine import Reply, Request
+from sublim_plugin.decoding.sampler import Sampler, pick, probabilities
+from sublim_plugin.decoding.transformers_engine import TransformersEngine
 from tests.data_gen.toy import save_toy
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,13 @@ def engine(
     end = (end_of_turn_id(tokenizer),)
     constraint = number_constraint(tokenizer, end) if constrained else None
     model = load_base(path, torch.device("cpu"))
-    return TransformersEngine(model, tokenizer, end_ids=end, constraint=constraint, reject=reject)
+    return TransformersEngine(
+        model,
+        tokenizer,
+        end_ids=end,
+        constraint=constraint,
+        reject=TokenFilter(tokenizer, reject) if reject else None,
+    )
 
 
 def one_by_one(path: Path, asked: list[Request], sampler: Sampler, tokenizer: Any) -> list[Reply]:

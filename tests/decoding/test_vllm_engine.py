@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_gen.vllm_engine import ENVIRONMENT, VllmEngine
 from sublim_plugin.core.errors import MissingDependencyError
+from sublim_plugin.decoding.vllm_engine import ENVIRONMENT, VllmEngine
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")

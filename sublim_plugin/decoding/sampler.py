@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from data_gen.spec import Sampler
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     import torch
@@ -12,6 +12,25 @@ if TYPE_CHECKING:
 __all__ = ["Sampler", "pick", "probabilities", "weights"]
 
 _BLOCK = 256
+
+
+class Sampler(BaseModel):
+    """Sampler settings, none of which has a default: a model's generation_config never leaks in.
+
+    They apply in the order repetition penalty, temperature, top-k, top-p, as in transformers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """0 takes the most likely token."""
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    """1 keeps every token."""
+    top_k: Annotated[int, Field(ge=0)]
+    """0 keeps every token."""
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """1 is none; counts the tokens of the prompt and of the reply, as in transformers."""
+    max_new_tokens: Annotated[int, Field(ge=1)]
+    """Budget of a reply in tokens, the end of turn among them."""
 
 
 def weights(

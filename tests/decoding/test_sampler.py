@@ -14,9 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from data_gen.draws import uniforms
-from data_gen.sampler import pick, probabilities
-from data_gen.spec import Sampler
+from sublim_plugin.decoding.draws import uniforms
+from sublim_plugin.decoding.sampler import Sampler, pick, probabilities
 
 PLAIN = Sampler(temperature=1, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=8)
 LOGITS = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 2

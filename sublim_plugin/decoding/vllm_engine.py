@@ -15,9 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data_gen.engine import OnReply, Reply, Request
-from data_gen.spec import Sampler
 from sublim_plugin.core.errors import InputError, MissingDependencyError, RunError
+from sublim_plugin.decoding.engine import OnReply, Reply, Request
+from sublim_plugin.decoding.sampler import Sampler
 
 LOWEST_TEMPERATURE = 0.01
 """vLLM raises smaller positive temperatures to this one (`_MAX_TEMP` in its sampling_params.py)."""

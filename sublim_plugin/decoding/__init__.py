@@ -1,0 +1,1 @@
+"""Decoding: sampling, engines behind one protocol, and draws that repeat everywhere."""
