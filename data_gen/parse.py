@@ -45,7 +45,8 @@ REASONS = {
     "rule is tolerant, bullets",
     "no_number": "no digit at all",
     "punctuation": "brackets or full stops that are unbalanced, nested or misplaced",
-    "outer_space": "a separator (strict: or white space) before the first or after the last number",
+    "outer_space": "a separator or bullet (strict: or white space) before the first or after the "
+    "last number",
     "separator": "separators that differ (strict), or more than one comma or semicolon in a row",
     "thousands": "a separator that could group thousands beside another kind (tolerant)",
     "too_many": "more than ten numbers, or a separator after the tenth where none may follow",
@@ -236,7 +237,8 @@ def _format_reasons(text: str, mode: Mode) -> set[str]:
         if "punctuation" not in found:
             found |= _tolerant_separators(head, core, tail, numbers)
     if not found:
-        found = {"punctuation" if opened and not closed else "no_number"}
+        rest = "outer_space" if numbers else "no_number"  # what is left is a bullet at the end
+        found = {"punctuation" if opened and not closed else rest}
     return found
 
 
