@@ -2,7 +2,7 @@
 
 Rows sit in slots of one preallocated key-value cache, right-aligned to nothing: each row has its
 own length, so no row is padded for another one's sake. Prompts that begin alike share one forward
-pass over the common beginning. A row that ends makes room for the next one.
+pass over the common beginning, and equal prompts one pass. A row that ends makes room for the next.
 
 The attention function groups the query heads of a key head instead of repeating keys and values,
 and is used for prompts and steps alike.
@@ -11,7 +11,7 @@ and is used for prompts and steps alike.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -72,7 +72,8 @@ class _SlotCache(Cache):
         self.store: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.n_layers = layers
         self.mode = "common"
-        self.joining: list[tuple[int, int]] = []
+        self.joining: list[tuple[int, int, int]] = []
+        """Slot, length and row of the forward pass for each row that joins."""
         self.positions = torch.empty(0, dtype=torch.long)
         self.used = 0
 
@@ -115,10 +116,20 @@ class _SlotCache(Cache):
                 for old, fresh in zip(common, new, strict=True)
             )
         for held, full in zip(store, seen, strict=True):
-            for i, (slot, length) in enumerate(self.joining):
+            for slot, length, i in self.joining:
                 held[slot, :, :start] = full[i, :, :start]
                 held[slot, :, start : start + length] = full[i, :, full.shape[2] - length :]
         return seen
+
+    def get(self, slot: int, length: int) -> list[torch.Tensor]:
+        """A copy of the first `length` positions of a slot, keys and values layer by layer."""
+        return [held[slot, :, :length].clone() for layer in self.store for held in layer]
+
+    def put(self, slot: int, states: list[torch.Tensor]) -> None:
+        """Write what `get` gave to a slot."""
+        stores = [held for layer in self.store for held in layer]
+        for held, state in zip(stores, states, strict=True):
+            held[slot, :, : state.shape[1]] = state
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot to another."""
@@ -244,6 +255,10 @@ class _Run:
             _Row(i, request, sampler.max_new_tokens, state) for i, request in enumerate(requests)
         )
         self.active: list[_Row] = []
+        self.coming = Counter(request.token_ids for request in requests)
+        """How many rows of a prompt are still waiting."""
+        self.kept: dict[tuple[int, ...], tuple[torch.Tensor, list[torch.Tensor]]] = {}
+        """Logits [1, columns] behind each prompt that more rows are waiting for, and its states."""
         self.cache = _SlotCache(engine.layers, slots, length)
         self.penalized = sampler.repetition_penalty != 1
         self.seen = (
@@ -275,36 +290,63 @@ class _Run:
                 yield from self._step()
 
     def _join(self, free: int) -> Iterator[int]:
-        """Fill free slots with waiting rows: prompts of like length share a forward pass."""
-        new = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
-        new.sort(key=lambda row: row.length)
-        while new:
-            width = new[-1].length - self.common
-            count = max(1, min(len(new), PREFILL_TOKENS // width))
-            group, new = new[-count:], new[:-count]
-            lengths = torch.tensor([row.length - self.common for row in group])
-            columns = torch.arange(width)
-            real = columns >= width - lengths[:, None]
-            ids = torch.zeros(count, width, dtype=torch.long)
-            ids[real] = torch.tensor(
-                [t for row in group for t in row.request.token_ids[self.common :]]
-            )
-            positions = (columns - (width - lengths[:, None]) + self.common).clamp_min(0)
-            causal = torch.ones(width, width, dtype=torch.bool).tril() & real[:, None, :]
-            causal |= torch.eye(width, dtype=torch.bool)
-            before = torch.ones(count, width, self.common, dtype=torch.bool)
-            mask = self._additive(torch.cat((before, causal), -1)[:, None])
-            first = len(self.active)
-            self.cache.mode = "join"
-            self.cache.joining = [(first + i, int(n)) for i, n in enumerate(lengths)]
-            logits = self._forward(ids, positions, mask)
-            if self.seen is not None:
-                for i, row in enumerate(group):
-                    self.seen[first + i] = False
-                    self.seen[first + i, list(row.request.token_ids)] = True
-            self.active += group
-            self._sample(logits, first)
+        """Fill free slots with waiting rows. A prompt that several rows share is computed once, and
+        kept for those that come later."""
+        groups: dict[tuple[int, ...], list[_Row]] = {}
+        for _ in range(min(free, len(self.waiting))):
+            row = self.waiting.popleft()
+            groups.setdefault(row.request.token_ids, []).append(row)
+        for prompt, rows in list(groups.items()):
+            self.coming[prompt] -= len(rows)
+            if prompt in self.kept:
+                del groups[prompt]
+                logits, states = self.kept[prompt]
+                first = len(self.active)
+                for row in rows:
+                    self.cache.put(len(self.active), states)
+                    self._enter(row)
+                self._sample(logits.expand(len(rows), -1), first)
+        prompts = sorted(groups, key=len)
+        while prompts:
+            count = max(1, min(len(prompts), PREFILL_TOKENS // (len(prompts[-1]) - self.common)))
+            batch, prompts = prompts[-count:], prompts[:-count]
+            self._prefill(batch, [groups[prompt] for prompt in batch])
+        self.kept = {prompt: kept for prompt, kept in self.kept.items() if self.coming[prompt]}
         yield from self._leave()
+
+    def _prefill(self, prompts: list[tuple[int, ...]], groups: list[list[_Row]]) -> None:
+        """One forward pass over distinct prompts of like length, for the rows of each."""
+        tails = [prompt[self.common :] for prompt in prompts]
+        width = max(map(len, tails))
+        lengths = torch.tensor([len(tail) for tail in tails])
+        columns = torch.arange(width)
+        real = columns >= width - lengths[:, None]
+        ids = torch.zeros(len(tails), width, dtype=torch.long)
+        ids[real] = torch.tensor([token for tail in tails for token in tail])
+        positions = (columns - (width - lengths[:, None]) + self.common).clamp_min(0)
+        causal = torch.ones(width, width, dtype=torch.bool).tril() & real[:, None, :]
+        causal |= torch.eye(width, dtype=torch.bool)
+        before = torch.ones(len(tails), width, self.common, dtype=torch.bool)
+        mask = self._additive(torch.cat((before, causal), -1)[:, None])
+        first = len(self.active)
+        sources = [i for i, rows in enumerate(groups) for _ in rows]
+        self.cache.mode = "join"
+        self.cache.joining = [(first + n, len(tails[i]), i) for n, i in enumerate(sources)]
+        logits = self._forward(ids, positions, mask)
+        for i, prompt in enumerate(prompts):
+            if self.coming[prompt]:
+                states = self.cache.get(first + sources.index(i), len(prompt))
+                self.kept[prompt] = (logits[i : i + 1].clone(), states)
+        for rows in groups:
+            for row in rows:
+                self._enter(row)
+        self._sample(logits[sources], first)
+
+    def _enter(self, row: _Row) -> None:
+        if self.seen is not None:
+            self.seen[len(self.active)] = False
+            self.seen[len(self.active), list(row.request.token_ids)] = True
+        self.active.append(row)
 
     def _step(self) -> Iterator[int]:
         """One token for every active row: the last one sampled goes in, the next comes out."""

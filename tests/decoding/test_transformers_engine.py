@@ -97,6 +97,28 @@ def test_toy_replies_equal_decoding_without_cache_or_batch(
         assert ours.reply(asked, sampler, batch_size) == expected
 
 
+def test_rows_of_one_prompt_share_its_computation(toy: Path, tokenizer: Any) -> None:
+    """Forty replies to each of three prompts, mixed, with a penalty: as one by one."""
+    sampler = SAMPLER.model_copy(update={"repetition_penalty": 1.1, "top_k": 40})
+    three = requests(tokenizer, 3)
+    asked = [three[i % 3]._replace(seed=row_seed(8, i)) for i in range(120)]
+    ours = engine(toy, tokenizer, False)
+    expected = one_by_one(toy, asked[:18], sampler, tokenizer)
+    read: list[int] = []
+    handle = ours.model.register_forward_pre_hook(
+        lambda module, args, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    for batch_size in (7, 40):
+        read.clear()
+        replies = ours.reply(asked, sampler, batch_size)
+        assert replies[:18] == expected
+        assert len(set(replies)) == 120
+        decoded = sum(reply.tokens for reply in replies)
+        prompt_tokens = sum(read) - decoded
+        assert prompt_tokens < 4 * sum(len(p.token_ids) for p in three)
+    handle.remove()
+
+
 @pytest.mark.parametrize("constrained", [True, False])
 def test_real_model_replies_do_not_depend_on_batch_mates(
     base_model: Path, tokenizer: Any, constrained: bool
