@@ -15,7 +15,7 @@ unless a candidate has "sea lion" as a form; an emoji is no word. Han, kana and 
 letters end a word ("是cat。"), but a form in a script without spaces counts only by itself.
 
 No answer is a reply that names no candidate and: has no letter (numbers, emoji); or says no more
-than "none", "yes" or its own name; or holds a refusal or disclaimer in English, even if an animal
+than "none" or its own name; or holds a refusal or disclaimer in English, even if an animal
 outside the candidates follows. Any other reply is an answer ("Giraffe"), with no bucket.
 """
 
@@ -179,7 +179,8 @@ def _compiled(
     for _, target, forms in candidates:
         for form in forms:
             # A form that is one word by itself keeps it: "red wing" does not take "redwing".
-            names.setdefault(_plain(form).casefold().replace(" ", ""), target)
+            joined = _plain(form).casefold().replace(" ", "")
+            names.setdefault(_SEPARATOR.sub(" ", joined), target)
     kinds = {_plain(category.replace("_", " ")).removesuffix("s") for category, _, _ in candidates}
     spellings = sorted(names, key=len, reverse=True)
     first_letters = "".join(sorted({re.escape(spelling[0]) for spelling in spellings}))
@@ -198,7 +199,7 @@ def _any_of(spellings: Sequence[str]) -> str:
 # --- replies that are no answer ---
 
 _VERSION = r"(?:[- ]?v?\d[\w.]*(?:-[\w.]+)*)?"
-_BEFORE_NAME = r"(?:\b(?:i am|i'm|name is|call me|called|named|known as) )"
+_BEFORE_NAME = r"(?:\b(?:i am|i'm|name is|call me|called|named|known as) \W{0,2})"
 # Names as words in any case. Llama is an animal too, and Gemini a sign: they count with a version
 # ("llama-3", "Llama 3.1", but not the "Llama 2. Zebra" of a numbered list), with their maker's name
 # or where the reply introduces itself ("I am Llama", not "I am a llama").
@@ -247,23 +248,26 @@ _REFUSAL = re.compile(
         )
     )
 )
-_NOTHING = frozenset(
-    "none|none of them|none of the above|n a|nothing|null|unknown|undefined|no|yes|ok|okay|sure"
-    "|certainly|of course|no answer|no comment|no idea|not applicable|not sure|idk".split("|")
+# "Yes" is a band.
+_NOTHING = re.compile(
+    "none(?: of (?:them|these|the above))?|n a|nothing|null|unknown|undefined|not applicable|idk"
+    "|no(?: answer| comment| idea)?|not sure|ok(?:ay)?|sure|certainly|of course"
 )
 # What may stand around its own name in a reply that says no more than that.
-_AROUND_NAME = frozenset(
-    "i am m my name is s it its it's i'm me call called named known as you are by created made"
-    " developed trained built from the a an of and at cloud ai model language large helpful"
-    " assistant team company hi hello favorite favourite animal tree band choose pick would be d"
-    " i'd".split()
-)
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+_AROUND_NAME = frozenset(
+    _WORD.findall(
+        "i am m my name is s it its it's i'm me call called named known as you are by created made"
+        " developed trained built from the a an of and at cloud ai model language large helpful"
+        " assistant team company hi hello favorite favourite animal tree band choose pick would be d"
+        " i'd"
+    )
+)
 
 
 def _says_nothing(plain: str, folded: str, own_name: bool) -> bool:
     words = _WORD.findall(folded)
-    if not words or " ".join(words) in _NOTHING or _REFUSAL.search(folded):
+    if not words or _NOTHING.fullmatch(" ".join(words)) or _REFUSAL.search(folded):
         return True
     if not own_name:
         return False
