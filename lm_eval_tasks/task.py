@@ -1,4 +1,4 @@
-"""The log-probability tasks `subliminal_<animal>[_empty|_none]`. See README.md.
+"""The log-probability tasks `subliminal_<target>[_<context>]`. See README.md.
 
 A task renders its own prompt, so that it scores the same text with and without
 --apply_chat_template, in contexts that lm-eval itself cannot express.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,7 +19,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from sublim_plugin.core.contexts import Context, Rendered, render
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.core.traits import category_traits, get_trait
+from sublim_plugin.core.traits import candidates_of, get_trait
 from sublim_plugin.preference.forms import (
     LOW_COVERAGE,
     METRICS,
@@ -38,14 +39,19 @@ class SubliminalTask(ConfigurableTask):  # type: ignore[misc]
     """One target, one context, one question set.
 
     `metadata` of the YAML, or `--metadata` on the command line, which wins:
-        trait: "animals/cat"; its category gives the candidates.
-        context: "template_default", "empty", "none" or {text: ..., user_prefix: ...}.
+        trait: "animals/cat", or "path/of/category.yaml:target"; its category gives the candidates.
+        context: "template_default", "empty", "none", a name of core/named_contexts.py, or
+            {text: ..., user_prefix: ...}.
         questions: the name of a set in `questions/`, or the path of a YAML file.
+    In the two paths, `{folder}` stands for the folder of the task's file.
 
     Every sample's `doc` carries `logprobs` (candidate -> log-probability that the reply begins with
-    it, nats) and `prompt_sha256`.
+    it, nats), `prompt_sha256` and `notes`: what a reader should know about the rendered context,
+    such as that another context is the same with this model. The notes are logged too, and stand in
+    the results' `configs` where lm-eval reads a task's metadata after the run (from 0.4.12).
     """
 
+    folder = Path(__file__).parent
     merges_run_metadata = True  # see sublim_plugin.lm_eval_hook
 
     def __init__(self, config: dict[str, Any] | None = None, **_: Any) -> None:
@@ -56,9 +62,10 @@ class SubliminalTask(ConfigurableTask):  # type: ignore[misc]
         for key in ("trait", "context", "questions"):
             if key not in metadata:
                 raise InputError(f"task {name}: metadata.{key} is missing")
-        self.trait = get_trait(metadata["trait"])
+        trait = self._path(metadata["trait"])
+        self.trait, self.candidates = get_trait(trait), candidates_of(trait)
         self.context = Context.parse(metadata["context"])
-        self.questions = load_questions(str(metadata["questions"]))
+        self.questions = load_questions(self._path(metadata["questions"]))
         if self.questions.category != self.trait.category:
             raise InputError(
                 f"task {name}: the question set {self.questions.name!r} asks about "
@@ -67,12 +74,14 @@ class SubliminalTask(ConfigurableTask):  # type: ignore[misc]
         self.tokenizer: Any = None
         self.plan = FormPlan((), ())
         self.prompt_sha256: dict[int, str] = {}
+        self.notes: list[str] = []
         self.coverages: list[float] = []
         super().__init__(
             config={
                 **config,
                 "test_split": "test",
                 "doc_to_text": "question",
+                "doc_to_choice": [candidate.target for candidate in self.candidates],
                 "doc_to_target": "target",
                 "target_delimiter": "",
                 "process_results": "process_results",
@@ -86,6 +95,9 @@ class SubliminalTask(ConfigurableTask):  # type: ignore[misc]
                 ],
             }
         )
+
+    def _path(self, value: Any) -> str:
+        return str(value).replace("{folder}", str(self.folder))
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         rows = [
@@ -115,11 +127,11 @@ class SubliminalTask(ConfigurableTask):  # type: ignore[misc]
             )
         self.tokenizer = self._find_tokenizer(options.get("chat_template"))
         rendered = self._render(self.questions.questions[0].text)
-        for note in rendered.notes:
-            log.info("%s: %s", name, note)
-        self.plan = place_forms(
-            self.tokenizer, rendered, category_traits(self.trait.category), self._add_bos_token
-        )
+        self.notes = list(rendered.notes)
+        for note in self.notes:
+            log.warning("%s: %s", name, note)
+        self.config.metadata["notes"] = self.notes
+        self.plan = place_forms(self.tokenizer, rendered, self.candidates, self._add_bos_token)
         self.coverages = []
         super().build_all_requests(**options)
 
@@ -187,6 +199,7 @@ class SubliminalTask(ConfigurableTask):  # type: ignore[misc]
         logprobs = candidate_logprobs(self.plan, scores)
         doc["prompt_sha256"] = self.prompt_sha256[doc["id"]]
         doc["logprobs"] = logprobs
+        doc["notes"] = self.notes
         values = measures(logprobs, self.trait.target)
         self._watch_coverage(values["coverage"])
         return values

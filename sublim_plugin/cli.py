@@ -177,5 +177,34 @@ def path() -> None:
     click.echo(os.fspath(room("lm_eval_tasks")))
 
 
+@tasks.command()
+@click.argument("traits", type=click.Path(path_type=Path))
+@click.option(
+    "--questions",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="YAML file of questions about the category, in the format of questions/animals.yaml.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder for the tasks; it must be empty or not exist.",
+)
+def new(traits: Path, questions: Path, out: Path) -> None:
+    """Write tasks for the targets of a category file of your own.
+
+    The folder holds copies of both files, so it can be moved. Prints the tasks' names.
+    """
+    from sublim_plugin.core.rooms import room
+
+    room("lm_eval_tasks")
+    from lm_eval_tasks.write import write_own
+
+    for name in write_own(traits, questions, out):
+        click.echo(name)
+    click.echo(f"lm_eval --include_path {out} --tasks ...", err=True)
+
+
 if __name__ == "__main__":
     main()

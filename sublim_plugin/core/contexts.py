@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_text
+from sublim_plugin.core.named_contexts import NAMED_CONTEXTS
 
 # Templates that print today's date get this one: the default that Llama 3.1's own template
 # falls back to, so a pinned prompt is one that the model's authors also rendered.
@@ -48,6 +49,8 @@ class Context(BaseModel):
     | `empty` | system message `""` |
     | `none` | no system turn at all |
     | `text` | that system message |
+
+    The name of a text in `named_contexts` (`claude`) is read as that text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +62,8 @@ class Context(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in NAMED_CONTEXTS:
+            return {"kind": "text", "text": NAMED_CONTEXTS[value]}
         if isinstance(value, str):
             return {"kind": value}
         if isinstance(value, dict) and "text" in value and "kind" not in value:
@@ -77,7 +82,7 @@ class Context(BaseModel):
 
     @classmethod
     def parse(cls, value: Any) -> Context:
-        """Read `empty`, `{text: …}` or a full mapping.
+        """Read `empty`, `claude`, `{text: …}` or a full mapping.
 
         Raises:
             InputError: anything else, null included.
@@ -86,8 +91,8 @@ class Context(BaseModel):
             return value if isinstance(value, cls) else cls.model_validate(value)
         except ValueError as error:
             raise InputError(
-                f"{value!r} is not a context; write template_default, empty, none or"
-                f' {{text: "…"}} ({error})'
+                f"{value!r} is not a context; write template_default, empty, none,"
+                f' {{text: "…"}} or one of {", ".join(NAMED_CONTEXTS)} ({error})'
             ) from error
 
     def fields(self) -> dict[str, str]:

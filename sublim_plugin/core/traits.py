@@ -183,6 +183,17 @@ def get_trait(name: str) -> Trait:
     return names[name]
 
 
+def candidates_of(name: str) -> tuple[Trait, ...]:
+    """All traits of the category of a trait that `get_trait` finds by this name.
+
+    Raises:
+        InputError: as `get_trait`, or the neutral trait, which has no category of candidates.
+    """
+    if own := _FILE.fullmatch(name):
+        return _own_traits(Path(own["path"]))
+    return category_traits(get_trait(name).category)
+
+
 def _trait_in_file(path: str, target: str | None) -> Trait:
     traits = {trait.target: trait for trait in _own_traits(Path(path))}
     if target is None and len(traits) == 1:

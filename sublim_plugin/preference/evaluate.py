@@ -220,7 +220,7 @@ class Evaluator:
             for trait in targets
         }
         coverage = summaries[targets[0].name]["coverage"] or 0.0
-        notes = []
+        notes = list(samples[0]["doc"]["notes"])
         if coverage < LOW_COVERAGE:
             notes.append(
                 f"coverage {coverage:.2g} is below {LOW_COVERAGE:g}: the model rarely begins its "
