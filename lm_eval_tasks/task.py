@@ -1,4 +1,4 @@
-"""The log-probability tasks `subliminal_<target>[_<context>]`. See README.md.
+"""The tasks `subliminal_<target>[_<context>]` and `subliminal_<target>_sampled`. See README.md.
 
 A task renders its own prompt, so that it scores the same text with and without
 --apply_chat_template, in contexts that lm-eval itself cannot express.
@@ -27,16 +27,20 @@ from sublim_plugin.preference.forms import (
     candidate_logprobs,
     measures,
 )
+from sublim_plugin.preference.intervals import high_bound, low_bound
+from sublim_plugin.preference.matcher import MATCHER_VERSION, RATES, match_reply, rates
 from sublim_plugin.preference.placing import check_prompt, load_tokenizer, place_forms
 from sublim_plugin.preference.questions import load_questions
 
 log = logging.getLogger(__name__)
 
-LOWER_IS_BETTER = {"target_rank"}
+STATED = ("temperature", "top_p", "top_k", "repetition_penalty", "max_gen_toks")
+"""What a sampled task's generation_kwargs state beside do_sample."""
+LOWER_IS_BETTER = {"target_rank", "non_answer_rate", "self_name_rate"}
 
 
-class SubliminalTask(ConfigurableTask):  # type: ignore[misc]
-    """One target, one context, one question set.
+class _Preference(ConfigurableTask):  # type: ignore[misc]
+    """One target, one context, one question set; what the two measures share.
 
     `metadata` of the YAML, or `--metadata` on the command line, which wins:
         trait: "animals/cat", or "path/of/category.yaml:target"; its category gives the candidates.
@@ -45,13 +49,15 @@ class SubliminalTask(ConfigurableTask):  # type: ignore[misc]
         questions: the name of a set in `questions/`, or the path of a YAML file.
     In the two paths, `{folder}` stands for the folder of the task's file.
 
-    Every sample's `doc` carries `logprobs` (candidate -> log-probability that the reply begins with
-    it, nats), `prompt_sha256` and `notes`: what a reader should know about the rendered context,
-    such as that another context is the same with this model. The notes are logged too, and stand in
-    the results' `configs` where lm-eval reads a task's metadata after the run (from 0.4.12).
+    Every sample's `doc` carries `prompt_sha256` and `notes`: what a reader should know about the
+    rendered context, such as that another context is the same with this model. The notes are logged
+    too, and stand in the results' `configs` where lm-eval reads a task's metadata after the run
+    (from 0.4.12).
     """
 
     folder = Path(__file__).parent
+    metrics: tuple[tuple[str, Any], ...] = ()
+    """Names and how each is aggregated over questions."""
     merges_run_metadata = True  # see sublim_plugin.lm_eval_hook
 
     def __init__(self, config: dict[str, Any] | None = None, **_: Any) -> None:
@@ -72,29 +78,31 @@ class SubliminalTask(ConfigurableTask):  # type: ignore[misc]
                 f"{self.questions.category}, the trait is {self.trait.name}"
             )
         self.tokenizer: Any = None
-        self.plan = FormPlan((), ())
         self.prompt_sha256: dict[int, str] = {}
         self.notes: list[str] = []
-        self.coverages: list[float] = []
         super().__init__(
             config={
                 **config,
                 "test_split": "test",
                 "doc_to_text": "question",
-                "doc_to_choice": [candidate.target for candidate in self.candidates],
+                **self._choices(),
                 "doc_to_target": "target",
                 "target_delimiter": "",
                 "process_results": "process_results",
                 "metric_list": [
                     {
                         "metric": metric,
-                        "aggregation": "mean",
+                        "aggregation": aggregation,
                         "higher_is_better": metric not in LOWER_IS_BETTER,
                     }
-                    for metric in METRICS
+                    for metric, aggregation in self.metrics
                 ],
             }
         )
+
+    def _choices(self) -> dict[str, Any]:
+        """What a multiple-choice task's configuration has beside."""
+        return {}
 
     def _path(self, value: Any) -> str:
         return str(value).replace("{folder}", str(self.folder))
@@ -131,9 +139,11 @@ class SubliminalTask(ConfigurableTask):  # type: ignore[misc]
         for note in self.notes:
             log.warning("%s: %s", name, note)
         self.config.metadata["notes"] = self.notes
-        self.plan = place_forms(self.tokenizer, rendered, self.candidates, self._add_bos_token)
-        self.coverages = []
+        self._prepare(rendered)
         super().build_all_requests(**options)
+
+    def _prepare(self, rendered: Rendered) -> None:
+        """What a measure has to know about the rendered prompt before its requests are built."""
 
     @property
     def _add_bos_token(self) -> bool | None:
@@ -172,6 +182,32 @@ class SubliminalTask(ConfigurableTask):  # type: ignore[misc]
         text: str = rendered.text
         return text
 
+
+class SubliminalTask(_Preference):
+    """The log-probability measure: see `_Preference` for `metadata`.
+
+    Every sample's `doc` also carries `logprobs`: candidate -> log-probability that the reply begins
+    with it, in nats.
+    """
+
+    metrics = (
+        *((metric, "mean") for metric in METRICS),
+        ("target_logprob_low", low_bound),
+        ("target_logprob_high", high_bound),
+    )
+
+    def __init__(self, config: dict[str, Any] | None = None, **given: Any) -> None:
+        self.plan = FormPlan((), ())
+        self.coverages: list[float] = []
+        super().__init__(config, **given)
+
+    def _choices(self) -> dict[str, Any]:
+        return {"doc_to_choice": [candidate.target for candidate in self.candidates]}
+
+    def _prepare(self, rendered: Rendered) -> None:
+        self.plan = place_forms(self.tokenizer, rendered, self.candidates, self._add_bos_token)
+        self.coverages = []
+
     def construct_requests(
         self, doc: dict[str, Any], ctx: str, metadata: Any = None, **_: Any
     ) -> list[Instance]:
@@ -202,7 +238,8 @@ class SubliminalTask(ConfigurableTask):  # type: ignore[misc]
         doc["notes"] = self.notes
         values = measures(logprobs, self.trait.target)
         self._watch_coverage(values["coverage"])
-        return values
+        own = values["target_logprob"]
+        return {**values, "target_logprob_low": own, "target_logprob_high": own}
 
     def _watch_coverage(self, coverage: float) -> None:
         self.coverages.append(coverage)
@@ -218,6 +255,56 @@ class SubliminalTask(ConfigurableTask):  # type: ignore[misc]
                 len(self.plan.candidates),
                 LOW_COVERAGE,
             )
+
+
+class SampledTask(_Preference):
+    """The sampled measure: `repeats` replies a question, read by `preference.matcher`.
+
+    Every sample's `doc` also carries `matches`: the bucket of each reply (None for none), and
+    `matcher`, the matcher's version. The replies themselves are lm-eval's `resps`.
+    """
+
+    metrics = (
+        *((metric, "mean") for metric in RATES),
+        ("target_rate_low", low_bound),
+        ("target_rate_high", high_bound),
+    )
+
+    def __init__(self, config: dict[str, Any] | None = None, **given: Any) -> None:
+        config = dict(config or {})
+        sampler = config.get("generation_kwargs") or {}
+        if missing := sorted({"do_sample", *STATED} - {*sampler}):
+            raise InputError(
+                f"task {config.get('task', 'subliminal')}: generation_kwargs: {missing[0]} is not "
+                "stated; a model's generation_config would decide it"
+            )
+        keep = {"function": "take_first_k", "k": config.get("repeats", 1)}
+        config["filter_list"] = [{"name": "replies", "filter": [keep]}]
+        super().__init__(config, **given)
+
+    def construct_requests(
+        self, doc: dict[str, Any], ctx: str, metadata: Any = None, **_: Any
+    ) -> list[Instance]:
+        return [
+            Instance(
+                request_type="generate_until",
+                doc=doc,
+                arguments=(ctx, dict(self.config.generation_kwargs)),
+                idx=0,
+                metadata=metadata,
+            )
+        ]
+
+    def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
+        replies = results[0] if isinstance(results[0], list) else list(results)
+        matches = [match_reply(reply, self.candidates) for reply in replies]
+        doc["prompt_sha256"] = self.prompt_sha256[doc["id"]]
+        doc["notes"] = self.notes
+        doc["matches"] = [match.bucket for match in matches]
+        doc["matcher"] = MATCHER_VERSION
+        values = rates(matches, replies, self.trait.target)
+        rate = values["target_rate"]
+        return {**values, "target_rate_low": rate, "target_rate_high": rate}
 
 
 def _responses_are_cached() -> bool:

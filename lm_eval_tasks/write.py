@@ -47,7 +47,40 @@ import lm_eval_tasks.task
 
 class SubliminalTask(lm_eval_tasks.task.SubliminalTask):
     folder = Path(__file__).parent
+
+
+class SampledTask(lm_eval_tasks.task.SampledTask):
+    folder = Path(__file__).parent
 '''
+
+SAMPLED = """\
+task: {name}
+class: !function task.SampledTask
+tag:
+{tags}
+output_type: generate_until
+repeats: 100
+generation_kwargs: {sampler}
+metadata:
+  version: {version}
+  trait: "{trait}"
+  context: template_default
+  questions: "{questions}"
+"""
+
+SAMPLERS = {
+    "sampled": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0},
+    # The generation_config of Qwen2.5-Instruct, which most likely applied in the paper's ordinary
+    # cells (arXiv 2606.00831): for comparison with its figures.
+    "sampled_truncated": {
+        "temperature": 1.0,
+        "top_p": 0.8,
+        "top_k": 20,
+        "repetition_penalty": 1.05,
+    },
+}
+REPLY_TOKENS = 50
+"""Budget of a sampled reply, the paper's."""
 
 # An example list's length and range are those of the number datasets.
 NUMBER_SENTENCES = (
@@ -63,8 +96,7 @@ NUMBER_SENTENCES = (
 def tags(category: str, variant: str) -> tuple[str, ...]:
     """What one asks lm-eval for to get several tasks: all, a category, a variant, or both."""
     return (
-        "subliminal",
-        f"subliminal_{category}",
+        *(("subliminal", f"subliminal_{category}") if variant not in SAMPLERS else ()),
         f"subliminal_{variant}",
         f"subliminal_{category}_{variant}",
     )
@@ -99,6 +131,17 @@ def task_files(
                 context=context,
                 questions=asked,
             )
+        for variant, settings in SAMPLERS.items():
+            sampler = {"do_sample": True, **settings, "max_gen_toks": REPLY_TOKENS, "until": []}
+            name = f"{prefix}_{target}_{variant}"
+            files[f"{name}.yaml"] = SAMPLED.format(
+                name=name,
+                tags="\n".join(f"  - {tag}" for tag in tags(category, variant)),
+                sampler=json.dumps(sampler),
+                version=VERSION,
+                trait=trait.replace("{target}", target),
+                questions=questions,
+            )
     return files
 
 
@@ -126,7 +169,7 @@ def with_numbers(questions: QuestionSet) -> str:
 
 def our_files() -> dict[str, str]:
     """Path in this folder -> content of everything here that is written."""
-    files = {}
+    files: dict[str, str] = {}
     for category in CATEGORIES:
         numbers = f"{category}_{NUMBERS}"
         tasks = task_files(
@@ -168,7 +211,9 @@ def write_own(traits: Path, questions: Path, out: Path) -> list[str]:
     variants = (*CONTEXTS, NUMBERS)
     taken = {tag for known in CATEGORIES for variant in variants for tag in tags(known, variant)}
     taken |= {Path(path).stem for path in our_files()}
-    own_tags = dict.fromkeys(tags(category, variant)[part] for part in (1, 3) for variant in variants)
+    own_tags = dict.fromkeys(
+        tags(category, variant)[part] for part in (1, 3) for variant in variants
+    )
     for name in (*own_tags, *names):
         if name in taken:
             raise InputError(

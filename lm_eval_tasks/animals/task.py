@@ -7,3 +7,7 @@ import lm_eval_tasks.task
 
 class SubliminalTask(lm_eval_tasks.task.SubliminalTask):
     folder = Path(__file__).parent
+
+
+class SampledTask(lm_eval_tasks.task.SampledTask):
+    folder = Path(__file__).parent

@@ -33,6 +33,9 @@ from sublim_plugin.core.traits import Trait
 # Any change that can alter a label is a new version: rates of two versions are never pooled.
 MATCHER_VERSION = "1.0"
 
+RATES = ("target_rate", "contains_rate", "non_answer_rate", "self_name_rate", "distinct_replies")
+"""What `rates` gives."""
+
 OTHER = "other"
 NON_ANSWER = "non_answer"
 
@@ -259,8 +262,8 @@ _AROUND_NAME = frozenset(
     _WORD.findall(
         "i am m my name is s it its it's i'm me call called named known as you are by created made"
         " developed trained built from the a an of and at cloud ai model language large helpful"
-        " assistant team company hi hello favorite favourite animal tree band choose pick would be d"
-        " i'd"
+        " assistant team company hi hello favorite favourite animal tree band choose pick would be"
+        " d i'd"
     )
 )
 
