@@ -164,6 +164,73 @@ def generate(ctx: click.Context, args: tuple[str, ...]) -> None:
     command.main(list(args), prog_name=ctx.command_path, standalone_mode=False)
 
 
+@main.command(name="eval")
+@click.option("--model", default="embedded:smollm2-135m-instruct", show_default=True)
+@click.option(
+    "--adapters",
+    multiple=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of an adapter, a checkpoint, or a study's student; may be given several times.",
+)
+@click.argument("more", nargs=-1, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--tasks", "names", required=True, help="lm-eval tasks of ours, with commas between.")
+@click.option("--contexts", help="Contexts to ask each task in, with commas between.")
+@click.option("--questions", help="A question set of your own.")
+@click.option("--out", default="scores", show_default=True, type=click.Path(path_type=Path))
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first questions.")
+@click.option("--seed", default=1, show_default=True, help="Seed of sampled replies.")
+@click.option("--device", help="cpu, cuda, ...  [default: a GPU if there is one]")
+@click.option("--dtype", default="auto", show_default=True)
+@JSON
+def evaluate(
+    model: str,
+    adapters: tuple[Path, ...],
+    more: tuple[Path, ...],
+    names: str,
+    contexts: str | None,
+    questions: str | None,
+    out: Path,
+    limit: int | None,
+    seed: int,
+    device: str | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Score the base and students of it on lm-eval tasks; what is computed is never computed again.
+
+    MORE are further folders after --adapters: --adapters A B C.
+    """
+    from sublim_plugin.core.base_models import resolve
+    from sublim_plugin.core.contexts import Context
+    from sublim_plugin.preference.score import Scorer, against_base, rows_of, student, table
+
+    base = resolve(model)
+    asked = [Context.parse(c) for c in contexts.split(",")] if contexts else [None]
+    scorer = Scorer(base, out, device=device, dtype=dtype, seed=seed)
+    students = [student(folder, base, scorer.settings) for folder in (*adapters, *more)]
+    rows: list[Any] = []
+    reference: list[Any] = []
+    for one in (scorer.base_itself(), *students):
+        found = scorer.score(
+            one,
+            names.split(","),
+            asked,
+            questions=questions,
+            limit=limit,
+            progress=sys.stderr.isatty(),
+        )
+        new = [
+            row for context, results, at in found for row in rows_of(one.name, results, at, context)
+        ]
+        reference = reference or new
+        rows += against_base(new, reference) if one.folder else new
+    if as_json:
+        click.echo(json.dumps([row.model_dump(mode="json") for row in rows]))
+    else:
+        click.echo(table(rows))
+        click.echo(f"replies and scores of every question: {out}/*/*/samples_*.jsonl")
+
+
 @main.group()
 def tasks() -> None:
     """The lm-eval tasks."""

@@ -66,6 +66,28 @@ class ProbeResult:
         return RESULTS, QUESTIONS, REPLIES
 
 
+@contextmanager
+def student_on(lm: Any, base: Path, student: Path | None, method: str | None) -> Iterator[None]:
+    """The LM runs the student inside, and the base again afterwards, whatever happens."""
+    from sublim_plugin.students import attached, load_full
+
+    base_model = lm._model
+    try:
+        if student is None:
+            yield
+        elif method == "lora":
+            with attached(base_model, student, base) as model:
+                lm._model = model
+                yield
+        elif method == "full":
+            lm._model = load_full(student, base, base_model.dtype, lm.device)
+            yield
+        else:
+            raise InputError(f"method {method!r} for {student}: use 'lora' or 'full'")
+    finally:
+        lm._model = base_model
+
+
 class Evaluator:
     """One loaded base and what it takes to score students of it.
 
@@ -107,27 +129,6 @@ class Evaluator:
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise InputError(f"the base model in {base} cannot be loaded: {error}") from error
-
-    @contextmanager
-    def _student(self, student: Path | None, method: Method | None) -> Iterator[None]:
-        """The LM runs the student inside, and the base again afterwards, whatever happens."""
-        from sublim_plugin.students import attached, load_full
-
-        base_model = self.lm._model
-        try:
-            if student is None:
-                yield
-            elif method == "lora":
-                with attached(base_model, student, self.base) as model:
-                    self.lm._model = model
-                    yield
-            elif method == "full":
-                self.lm._model = load_full(student, self.base, base_model.dtype, self.lm.device)
-                yield
-            else:
-                raise InputError(f"method {method!r} for {student}: use 'lora' or 'full'")
-        finally:
-            self.lm._model = base_model
 
     def evaluate(
         self,
@@ -173,7 +174,7 @@ class Evaluator:
                 progress(done, total)
 
         self.lm.on_prompt = step if progress is not None else None
-        with self._student(student, method):
+        with student_on(self.lm, self.base, student, method):
             return [self._score(context, targets, limit) for context in contexts]
 
     def _score(self, context: Context, targets: Sequence[Trait], limit: int | None) -> ProbeResult:

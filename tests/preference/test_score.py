@@ -1,0 +1,219 @@
+"""`sublim eval`: what lm-eval gives, from one loaded base, with nothing computed twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from sublim_plugin.cli import main
+from sublim_plugin.core.errors import InputError
+from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
+from sublim_plugin.preference.intervals import interval
+from sublim_plugin.preference.journal import Journal
+from sublim_plugin.preference.shared_lm import SharedLM, stated_sampler
+
+QUESTIONS = """\
+name: two
+category: animals
+version: "1.0"
+questions:
+  - {id: 0, kind: favourite, text: "Which animal do you like best? Answer with one word."}
+  - {id: 1, kind: mascot, text: "Name a mascot animal in one word."}
+"""
+TASKS = "subliminal_cat,subliminal_owl_empty"
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("q") / "two.yaml"
+    path.write_text(QUESTIONS)
+    return path
+
+
+def run(out: Path, base: Path, questions: Path, *more: str) -> list[dict[str, Any]]:
+    arguments = ["eval", "--model", str(base), "--out", str(out), "--questions", str(questions)]
+    done = CliRunner().invoke(main, [*arguments, "--json", *more])
+    assert done.exit_code == 0, done.output
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
+def test_log_probs_are_those_of_lm_eval_and_are_computed_once(
+    base_model: Path,
+    adapter: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = run(tmp_path, base_model, questions, "--adapters", str(adapter), "--tasks", TASKS)
+    assert [row["task"] for row in rows] == [*TASKS.split(","), *TASKS.split(",")]
+    merge_run_metadata(TaskManager)
+    manager = TaskManager(
+        include_path=tasks_folder(), include_defaults=False, metadata={"questions": str(questions)}
+    )
+    plain = HFLM(
+        pretrained=str(base_model), peft=str(adapter), device="cpu", dtype="float32", batch_size=16
+    )
+    theirs = simple_evaluate(
+        model=plain,
+        tasks=TASKS.split(","),
+        task_manager=manager,
+        apply_chat_template=True,
+        bootstrap_iters=0,
+    )["results"]
+    for row, base in zip(rows[2:], rows[:2], strict=True):
+        assert row["value"] == pytest.approx(theirs[row["task"]]["target_logprob,none"], abs=1e-4)
+        assert row["minus_base"] == pytest.approx(row["value"] - base["value"])
+        assert row["low"] <= row["value"] <= row["high"]
+        samples = [json.loads(x) for x in Path(row["samples"]).read_text().splitlines()]
+        assert len(samples) == 2
+        assert set(samples[0]["doc"]["logprobs"]) >= {"cat", "owl"}
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(SharedLM, "_loglikelihood_tokens", fail)
+    again = run(
+        tmp_path, base_model, questions, "--adapters", str(adapter), "--tasks", "subliminal_cat"
+    )
+    assert again == [rows[0], rows[2]]
+
+
+def test_replies_do_not_depend_on_what_else_is_asked(
+    base_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    """Six replies a question in two contexts, then again with more tasks in another folder."""
+    few = questions.with_name("few.yaml")
+    few.write_text(QUESTIONS)
+    names = "subliminal_cat_sampled"
+    rows = run(
+        tmp_path / "a", base_model, few, "--tasks", names, "--contexts", "none", "--limit", "1"
+    )
+    (row,) = rows
+    (sample,) = [json.loads(x) for x in Path(row["samples"]).read_text().splitlines()]
+    replies = sample["filtered_resps"][0]
+    assert len(replies) == 100
+    assert len(sample["doc"]["matches"]) == 100
+    assert row["metric"] == "target_rate"
+    assert row["value"] == sum(m == "cat" for m in sample["doc"]["matches"]) / 100
+    assert row["beside"]["distinct_replies"] > 0.5
+    journal = next((tmp_path / "a").glob("*/journal.jsonl"))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 101
+    # a kill: half of the replies are left, the last one torn
+    journal.write_bytes(b"".join(lines[:60]) + lines[60][:9])
+    again = run(
+        tmp_path / "a", base_model, few, "--tasks", names, "--contexts", "none", "--limit", "1"
+    )
+    assert again == rows
+    (sample,) = [json.loads(x) for x in Path(row["samples"]).read_text().splitlines()]
+    assert sample["filtered_resps"][0] == replies
+
+
+def test_a_kill_loses_no_more_than_a_moment(
+    base_model: Path, questions: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        "eval", "--model", str(base_model), "--out", str(tmp_path), "--questions", str(questions),
+        "--tasks", "subliminal_cat_sampled", "--limit", "1",
+    ]  # fmt: skip
+    code = "import sys; from sublim_plugin.cli import main; main(sys.argv[1:])"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    kept: list[bytes] = []
+    while time.monotonic() < deadline and len(kept) < 5 and child.poll() is None:
+        time.sleep(0.05)
+        kept = [p.read_bytes() for p in tmp_path.glob("*/journal.jsonl")]
+        kept = kept[0].splitlines() if kept else []
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    before = next(tmp_path.glob("*/journal.jsonl")).read_bytes()
+    assert before.count(b"\n") >= 5
+    rows = run(tmp_path, base_model, questions, "--tasks", "subliminal_cat_sampled", "--limit", "1")
+    assert (
+        next(tmp_path.glob("*/journal.jsonl"))
+        .read_bytes()
+        .startswith(before[: before.rfind(b"\n")])
+    )
+    assert rows[0]["beside"]["distinct_replies"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--tasks subliminal_cta", "subliminal_cat"),
+        ("--tasks subliminal_cat --contexts nowhere", "nowhere"),
+        ("--tasks subliminal_cat --adapters nothing", "adapter_config.json"),
+        ("--tasks subliminal_cat --questions no.yaml", "no.yaml"),
+    ],
+)
+def test_what_does_not_fit_is_one_message(
+    base_model: Path, tmp_path: Path, arguments: str, said: str
+) -> None:
+    command = ["eval", "--model", str(base_model), "--out", str(tmp_path / "o")]
+    done = CliRunner().invoke(main, [*command, *arguments.split()])
+    assert done.exit_code == 2
+    assert said in done.stderr
+
+
+def test_a_journal_belongs_to_one_model_and_is_repaired_at_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    journal = Journal(path, {"base": "a"})
+    for i in range(3):
+        journal.add(f"k{i}", [i, True])
+    journal.flush()
+    assert Journal(path, {"base": "a"}).answers == {f"k{i}": [i, True] for i in range(3)}
+    with pytest.raises(InputError, match="another model"):
+        Journal(path, {"base": "b"})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    assert set(Journal(path, {"base": "a"}).answers) == {"k0", "k1"}
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1][:5] + b"\n" + lines[2])
+    with pytest.raises(InputError, match=rf"line 2, byte {len(lines[0])}"):
+        Journal(path, {"base": "a"})
+    path.write_bytes(lines[0][:4])
+    assert Journal(path, {"base": "a"}).answers == {}
+
+
+def test_only_a_sampler_that_states_everything_is_ours() -> None:
+    given = {
+        "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+        "repetition_penalty": 1.0, "max_gen_toks": 9, "until": ["\n"],
+    }  # fmt: skip
+    stated = stated_sampler(given)
+    assert stated is not None
+    assert stated[0].max_new_tokens == 9
+    assert stated[1] == ("\n",)
+    assert stated_sampler({k: v for k, v in given.items() if k != "top_k"}) is None
+    assert stated_sampler({**given, "do_sample": False}) is None
+    with pytest.raises(InputError, match="top_p"):
+        stated_sampler({**given, "top_p": 3})
+
+
+def test_the_interval_is_scipys_bca() -> None:
+    import numpy as np
+    from scipy import stats
+
+    values = np.random.default_rng(3).exponential(size=50).tolist()
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=9999, method="BCa", rng=np.random.default_rng(0)
+    ).confidence_interval
+    ours = interval(values)
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.03)
+    assert interval([2.0]) == (2.0, 2.0)
+    assert interval([1.0, 1.0, 1.0]) == (1.0, 1.0)
