@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import sublim_plugin.lm_eval_hook as hook
@@ -13,14 +12,14 @@ import sublim_plugin.lm_eval_hook as hook
 ROOT = str(Path(hook.__file__).parents[1])
 
 
-PACKAGES = sysconfig.get_path("purelib")
+PACKAGES = [path for path in sys.path if path.endswith("site-packages")]
 
 
 def python(code: str, *options: str, **environment: str) -> str:
     """Run without start-up hooks (`-S` skips .pth files), so that only the code imports ours."""
     result = subprocess.run(
         [sys.executable, *(options or ("-S",)), "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, PACKAGES]), **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, *PACKAGES]), **environment},
         capture_output=True,
         text=True,
         timeout=120,
