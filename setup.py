@@ -2,8 +2,8 @@
 
 The second is the first for Python 3.15 and later (PEP 829), which then ignore the import line in
 the first. setuptools has no declarative way to place a file at the top of site-packages: a
-`build_py` copies them into a regular wheel; an editable wheel holds only links, so they are added to
-the built archive.
+`build_py` copies them into a regular wheel; an editable wheel holds only links, so they are added
+to the built archive.
 """
 
 import base64

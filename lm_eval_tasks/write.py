@@ -126,7 +126,7 @@ def with_numbers(questions: QuestionSet) -> str:
 
 def our_files() -> dict[str, str]:
     """Path in this folder -> content of everything here that is written."""
-    files = {}
+    files: dict[str, str] = {}
     for category in CATEGORIES:
         numbers = f"{category}_{NUMBERS}"
         tasks = task_files(
@@ -168,7 +168,7 @@ def write_own(traits: Path, questions: Path, out: Path) -> list[str]:
     variants = (*CONTEXTS, NUMBERS)
     taken = {tag for known in CATEGORIES for variant in variants for tag in tags(known, variant)}
     taken |= {Path(path).stem for path in our_files()}
-    own_tags = dict.fromkeys(tags(category, variant)[part] for part in (1, 3) for variant in variants)
+    own_tags = [f"subliminal_{category}", *(f"subliminal_{category}_{one}" for one in variants)]
     for name in (*own_tags, *names):
         if name in taken:
             raise InputError(

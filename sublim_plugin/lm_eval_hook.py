@@ -127,7 +127,7 @@ def merge_run_metadata(manager: "Any") -> None:
 
 
 def install() -> None:
-    """Wait for `lm_eval.tasks`, or patch it if it is there already. Repeating it changes nothing."""
+    """Wait for `lm_eval.tasks`, or patch it if it is there already; repeating it is harmless."""
     try:
         if os.environ.get(OFF, "0") not in ("", "0"):
             return
