@@ -17,12 +17,18 @@ KEPT = ("data_gen", "axolotl_configs", "lm_eval_tasks", "sublim_plugin")
 
 
 def environment(folder: Path, lm_eval: str, editable: bool) -> Path:
-    """Python of a venv over this one's packages, with another lm-eval and our own sources."""
+    """Python of a venv with this one's packages, but another lm-eval, and sublim from sources."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     (packages,) = folder.glob("lib/python*/site-packages")
-    beneath = [path for path in sys.path if path.endswith("site-packages")]
-    (packages / "zz_beneath.pth").write_text("".join(f"{path}\n" for path in beneath))
+    beneath = folder / "beneath"
+    beneath.mkdir()
+    for path in sys.path:
+        for entry in Path(path).glob("*") if path.endswith("site-packages") else ():
+            known = (beneath / entry.name).is_symlink() or entry.name in KEPT
+            if not known and not entry.name.startswith(("sublim", "lm_eval", "__editable__")):
+                (beneath / entry.name).symlink_to(entry)
+    (packages / "zz_beneath.pth").write_text(f"{beneath}\n")
     sources = folder / "sources"
     for room in KEPT:
         shutil.copytree(ROOT / room, sources / room)
@@ -63,6 +69,12 @@ def run(python: Path, base: Path, out: Path) -> dict:
 @pytest.mark.parametrize(("version", "editable"), [("0.4.12", False), ("0.4.13", True)])
 def test_another_lm_eval_gives_the_same_numbers(version, editable, toy_base, tmp_path):
     python = environment(tmp_path / "venv", version, editable)
+    found = subprocess.run(
+        [python, "-I", "-c", "import sublim_plugin; print(sublim_plugin.__file__)"],
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert ("/venv/sources/" if editable else "/site-packages/") in found
     there = run(python, toy_base, tmp_path / "there")
     here = run(Path(sys.executable), toy_base, tmp_path / "here")
     assert there["lm_eval_version"] == version != here["lm_eval_version"]
@@ -85,4 +97,4 @@ def test_another_lm_eval_gives_the_same_numbers(version, editable, toy_base, tmp
         [sys.executable, "-m", "pip", "--python", python, "uninstall", "-q", "-y", "sublim"],
         check=True,
     )
-    assert not list(packages.glob("sublim*"))
+    assert not list(packages.glob("*sublim*"))
