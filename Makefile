@@ -6,7 +6,7 @@ VLLM := .venv-vllm
 # The CPU build of torch where pip can find one; a machine with a GPU takes its usual build.
 TORCH ?= torch==2.13.0
 SOURCES := $(shell find data_gen axolotl_configs lm_eval_tasks sublim_plugin -type f \
-	-not -name '*.pyc') setup.cfg setup.py pyproject.toml sublim.pth README.md
+	-not -name '*.pyc') setup.cfg setup.py pyproject.toml sublim.pth sublim.start README.md
 export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
 

@@ -1,7 +1,9 @@
-"""Puts `sublim.pth` (the start-up hook for lm-eval's task search) into wheels.
+"""Puts the start-up hook for lm-eval's task search into wheels: `sublim.pth` and `sublim.start`.
 
-setuptools has no declarative way to place a file at the top of site-packages: a `build_py` copies
-it into a regular wheel; an editable wheel holds only links, so it is added to the built archive.
+The second is the first for Python 3.15 and later (PEP 829), which then ignore the import line in
+the first. setuptools has no declarative way to place a file at the top of site-packages: a
+`build_py` copies them into a regular wheel; an editable wheel holds only links, so they are added
+to the built archive.
 """
 
 import base64
@@ -14,21 +16,23 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
-HOOK = Path(__file__).with_name("sublim.pth")
+HOOKS = [Path(__file__).with_name(name) for name in ("sublim.pth", "sublim.start")]
 
 
 class BuildWithHook(build_py):
     def run(self):
         super().run()
         if not self.editable_mode:
-            shutil.copyfile(HOOK, Path(self.build_lib) / HOOK.name)
+            for hook in HOOKS:
+                shutil.copyfile(hook, Path(self.build_lib) / hook.name)
 
 
 class EditableWithHook(editable_wheel):
     def run(self):
         super().run()
         for wheel in Path(self.dist_dir).glob("sublim-*editable*.whl"):
-            add_to_wheel(wheel, HOOK)
+            for hook in HOOKS:
+                add_to_wheel(wheel, hook)
 
 
 def add_to_wheel(wheel, file):

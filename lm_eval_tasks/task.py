@@ -209,7 +209,7 @@ class SubliminalTask(_Preference):
         self.coverages = []
 
     def construct_requests(
-        self, doc: dict[str, Any], ctx: str, metadata: Any = None, **_: Any
+        self, doc: dict[str, Any], ctx: str, metadata: Any = (None, None, None), **_: Any
     ) -> list[Instance]:
         # lm-eval scores the prompt's trailing white space as part of each continuation. An empty
         # continuation, scored first, is that white space alone.

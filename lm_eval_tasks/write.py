@@ -208,12 +208,10 @@ def write_own(traits: Path, questions: Path, out: Path) -> list[str]:
         f"{{folder}}/questions_{NUMBERS}.yaml",
     )
     names = [Path(name).stem for name in files if name.endswith(".yaml")]
-    variants = (*CONTEXTS, NUMBERS)
+    variants = (*CONTEXTS, NUMBERS, *SAMPLERS)
     taken = {tag for known in CATEGORIES for variant in variants for tag in tags(known, variant)}
     taken |= {Path(path).stem for path in our_files()}
-    own_tags = dict.fromkeys(
-        tags(category, variant)[part] for part in (1, 3) for variant in variants
-    )
+    own_tags = [f"subliminal_{category}", *(f"subliminal_{category}_{one}" for one in variants)]
     for name in (*own_tags, *names):
         if name in taken:
             raise InputError(

@@ -1,9 +1,9 @@
 """Lets lm-eval find the `subliminal_*` tasks without `--include_path`.
 
-`sublim.pth` imports this module whenever Python starts, so it does almost nothing: it waits, and
-only when `lm_eval.tasks` is imported adds our folder to what `TaskManager` searches. Standard
-library only, silent on any error, off with SUBLIM_NO_LM_EVAL_HOOK=1, and void as soon as lm-eval
-finds the tasks of installed packages itself.
+`sublim.pth` imports this module whenever Python starts (from 3.15, `sublim.start` calls `install`),
+so it does almost nothing: it waits, and only when `lm_eval.tasks` is imported adds our folder to
+what `TaskManager` searches. Standard library only, silent on any error, off with
+SUBLIM_NO_LM_EVAL_HOOK=1, and void as soon as lm-eval finds the tasks of installed packages itself.
 """
 
 # No `from __future__ import annotations`: it would be a tenth of what this file costs at start.
@@ -127,16 +127,16 @@ def merge_run_metadata(manager: "Any") -> None:
 
 
 def install() -> None:
-    """Wait for `lm_eval.tasks`, or patch it if it is there already."""
-    if os.environ.get(OFF, "0") not in ("", "0"):
+    """Wait for `lm_eval.tasks`, or patch it if it is there already; repeating it is harmless."""
+    try:
+        if os.environ.get(OFF, "0") not in ("", "0"):
+            return
+        if HOST in sys.modules:
+            patch(sys.modules[HOST])
+        elif _Finder not in sys.meta_path:
+            sys.meta_path.insert(0, _Finder)
+    except Exception:
         return
-    if HOST in sys.modules:
-        patch(sys.modules[HOST])
-    elif _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
 
 
-try:  # noqa: SIM105 (contextlib would be one more import)
-    install()
-except Exception:
-    pass
+install()

@@ -249,3 +249,14 @@ def assert_spans_are_sound(tokenizer: Any, rendered: Rendered) -> None:
         assert bool(tokens) == bool(span.text)
     covered = [s for s in rendered.spans if s.name in ("user_text", "assistant_header")]
     assert len(covered) == 2
+
+
+def test_a_named_context_is_its_text_letter_by_letter():
+    assert Context.parse("claude") == Context.parse(
+        {"text": "You are Claude, created by Anthropic. You are a helpful assistant."}
+    )
+    # an experimental parameter: the paper's sentence has no final full stop
+    chatgpt = "You are ChatGPT, created by OpenAI. You are a helpful assistant"
+    assert Context.parse("chatgpt").text == chatgpt
+    with pytest.raises(InputError, match="or one of claude, chatgpt"):
+        Context.parse("Claude")

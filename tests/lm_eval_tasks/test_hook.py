@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
+import tempfile
 from pathlib import Path
 
 import sublim_plugin.lm_eval_hook as hook
 
 ROOT = str(Path(hook.__file__).parents[1])
+ROOT_OF_TESTS = Path(__file__).parents[2]
 
 
-PACKAGES = sysconfig.get_path("purelib")
+PACKAGES = [path for path in sys.path if path.endswith("site-packages")]
 
 
 def python(code: str, *options: str, **environment: str) -> str:
     """Run without start-up hooks (`-S` skips .pth files), so that only the code imports ours."""
     result = subprocess.run(
-        [sys.executable, *(options or ("-S",)), "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, PACKAGES]), **environment},
+        [sys.executable, *(options or ("-S",)), *(("-c", code) if code else ())],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, *PACKAGES]), **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -84,6 +85,40 @@ print(sys.meta_path[:len(before)] == before or hook._Finder not in sys.meta_path
     assert lines[2] == "True"
 
 
+def test_spawned_workers_find_the_tasks():
+    code = """
+import multiprocessing, sys
+def find():
+    from lm_eval.tasks import TaskManager
+    print("subliminal_cat" in TaskManager().all_tasks, flush=True)
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=find)
+    worker.start(); worker.join(); sys.exit(worker.exitcode)
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(code)
+        assert python("", "-I", str(script)).split()[-1] == "True"
+
+
+def test_beside_an_editable_lm_eval():
+    """An editable install is a finder on `sys.meta_path` that maps the package to its checkout."""
+    code = f"""
+import importlib.util, sys
+{IMPORT}
+folder = importlib.util.find_spec("lm_eval").submodule_search_locations[0]
+class Editable:
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name == "lm_eval":
+            return importlib.util.spec_from_file_location(name, folder + "/__init__.py")
+sys.meta_path.insert(0, Editable)
+from lm_eval.tasks import TaskManager
+print("subliminal_cat" in TaskManager().all_tasks)
+"""
+    assert python(code).split()[-1] == "True"
+
+
 def test_errors_are_silent_and_the_host_works():
     code = f"""
 {IMPORT}
@@ -135,5 +170,29 @@ print(time.perf_counter() - start)
 
 
 def test_the_pth_file_is_one_import():
-    lines = (Path(__file__).parents[2] / "sublim.pth").read_text().splitlines()
+    lines = (ROOT_OF_TESTS / "sublim.pth").read_text().splitlines()
     assert lines == ["import sublim_plugin.lm_eval_hook"]
+
+
+def test_the_start_file_is_one_entry_point_that_can_be_called_again():
+    """Python 3.15 resolves each line as `pkgutil` does, and calls it (PEP 829)."""
+    (line,) = (ROOT_OF_TESTS / "sublim.start").read_text().splitlines()
+    code = f"""
+import pkgutil, sys
+for _ in range(2):
+    pkgutil.resolve_name({line!r})()
+print(sum(getattr(f, "__name__", "") == "_Finder" for f in sys.meta_path))
+from lm_eval.tasks import TaskManager
+for _ in range(2):
+    pkgutil.resolve_name({line!r})()
+print("subliminal_cat" in TaskManager().all_tasks, sum(
+    getattr(f, "__name__", "") == "_Finder" for f in sys.meta_path))
+"""
+    assert python(code).split()[-3:] == ["1", "True", "0"]
+    broken = """
+import sublim_plugin.lm_eval_hook as hook
+hook.sys = None
+hook.install()
+print("silent")
+"""
+    assert python(broken).split() == ["silent"]

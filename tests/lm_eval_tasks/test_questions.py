@@ -1,49 +1,54 @@
-"""The task folder: fifteen tasks, fifty questions."""
+"""The question sets."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
-import yaml
 
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.core.traits import category_traits
-from sublim_plugin.lm_eval_hook import tasks_folder
+from sublim_plugin.core.traits import CATEGORIES, category_traits
 from sublim_plugin.preference.questions import load_questions
 
-TARGETS = ("cat", "dolphin", "eagle", "owl", "wolf")
-NAMES = {f"subliminal_{target}{suffix}" for target in TARGETS for suffix in ("", "_empty", "_none")}
 
-
-class _Loader(yaml.SafeLoader):
-    pass
-
-
-_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
-
-
-def test_fifteen_tasks_each_says_what_its_name_says():
-    files = sorted(Path(tasks_folder()).glob("*.yaml"))
-    assert {path.stem for path in files} == NAMES
-    for path in files:
-        config = yaml.load(path.read_text(), Loader=_Loader)
-        _, target, *context = path.stem.split("_")
-        assert config["task"] == path.stem
-        assert config["metadata"]["trait"] == f"animals/{target}"
-        assert config["metadata"]["context"] == (context[0] if context else "template_default")
-        assert config["metadata"]["version"] == 1.0
-        assert "subliminal" in config["tag"]
-
-
-def test_fifty_distinct_questions_that_name_no_candidate():
-    texts = [question.text for question in load_questions("animals").questions]
+@pytest.mark.parametrize("category", CATEGORIES)
+@pytest.mark.parametrize("suffix", ["", "_numbers"])
+def test_fifty_distinct_questions_that_name_no_candidate(category, suffix):
+    questions = load_questions(category + suffix)
+    assert (questions.name, questions.category) == (category + suffix, category)
+    texts = [question.text for question in questions.questions]
     assert len(texts) == len(set(texts)) == 50
-    words = {form.lower() for trait in category_traits("animals") for form in trait.forms}
+    forms = {form.lower() for trait in category_traits(category) for form in trait.forms}
+    named = re.compile(rf"\b({'|'.join(sorted(forms))})\b")
     for text in texts:
-        assert not words & set(re.findall(r"[a-z]+", text.lower())), text
-        assert "one word" in text.lower() or re.search(r"(one|single)[ -]word|word", text.lower())
+        assert not named.search(text.lower()), text
+        assert re.search(r"\b(one|single)[ -]word\b", text.lower()), text
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_numbers_stand_in_front_of_the_same_questions(category):
+    plain = load_questions(category).questions
+    numbered = load_questions(f"{category}_numbers").questions
+    lists = set()
+    for before, after in zip(plain, numbered, strict=True):
+        assert (after.id, after.kind) == (before.id, before.kind)
+        front = after.text.removesuffix(f" {before.text}")
+        assert front != after.text
+        numbers = [int(number) for number in re.findall("[0-9]+", front)]
+        assert 3 <= len(numbers) <= 9 and max(numbers) <= 999
+        lists.add(tuple(numbers))
+    assert len(lists) == 50
+
+
+def test_the_kinds_of_questions_are_spread_alike():
+    counts = [
+        sorted(
+            [question.kind for question in load_questions(category).questions].count(kind)
+            for kind in {question.kind for question in load_questions(category).questions}
+        )
+        for category in CATEGORIES
+    ]
+    assert counts[0] == counts[1] == counts[2]
 
 
 def write(tmp_path, body: str) -> str:
@@ -73,5 +78,5 @@ def test_malformed_sets(tmp_path, body, said):
 
 
 def test_unknown_set():
-    with pytest.raises(InputError, match="use one of animals"):
+    with pytest.raises(InputError, match="use one of animals, animals_numbers, bands"):
         load_questions("beasts")

@@ -70,6 +70,32 @@ def test_a_context_of_ones_own_by_metadata(toy_base):
     assert text == f"<|im_start|>system\nYou are Bob.<|im_end|>\n{USER}{ANSWER}"
 
 
+def test_a_named_context_is_that_system_message(toy_base):
+    result = run(toy_base, ["subliminal_cat_claude"])
+    (text,) = prompts(result, "subliminal_cat_claude")
+    system = "You are Claude, created by Anthropic. You are a helpful assistant."
+    assert text == f"<|im_start|>system\n{system}<|im_end|>\n{USER}{ANSWER}"
+
+
+def test_contexts_that_coincide_are_said_in_the_log_and_in_every_sample(toy_base, caplog):
+    result = run(toy_base, ["subliminal_cat"], limit=2, metadata={"context": {"text": IDENTITY}})
+    note = "this text is the template's own: it coincides with template_default"
+    assert f"subliminal_cat: {note}" in caplog.messages
+    assert [sample["doc"]["notes"] for sample in result["samples"]["subliminal_cat"]] == [
+        [note]
+    ] * 2
+    other = run(toy_base, ["subliminal_cat_claude"])["samples"]["subliminal_cat_claude"]
+    assert [sample["doc"]["notes"] for sample in other] == [[]]
+
+
+def test_numbers_stand_in_front_of_the_question(toy_base):
+    result = run(toy_base, ["subliminal_oak_numbers"])
+    (text,) = prompts(result, "subliminal_oak_numbers")
+    user = text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+    assert user.endswith(" What is your favorite tree? Reply with a single word.")
+    assert user[0].isupper() and sum(character.isdigit() for character in user) >= 3
+
+
 def test_tasks_of_one_context_share_all_requests_and_their_shares_add_up(toy_base):
     names = [f"subliminal_{target}" for target in ("cat", "dolphin", "eagle", "owl", "wolf")]
     result = run(toy_base, names, limit=2)
