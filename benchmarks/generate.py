@@ -203,7 +203,7 @@ def swap_test(mine: list[Written], theirs: list[Written], draws: int = 999) -> f
 def compare(base: Path, constrain: bool, quick: bool) -> dict[str, Any]:
     """Both sides in turn, several times; medians of rows per second and their ratio."""
     budget = 64 if constrain else 128
-    repeats, n = (1, 32) if quick else (3, BATCH)
+    repeats, n = (1, 32) if quick else (3, BATCH if constrain else 64)
     budget = 32 if quick and not constrain else budget
     ours = Ours(base, settings(constrain, budget), BATCH)
     theirs = Theirs(base, ours)
@@ -212,9 +212,9 @@ def compare(base: Path, constrain: bool, quick: bool) -> dict[str, Any]:
         theirs.batch_size = 8
         theirs.write(0, 8)
         speeds = {}
-        for size in (16, 32, 64):
+        for size in (32, 64, 128) if constrain else (32, 64):
             theirs.batch_size = size
-            speeds[size], _ = timed(theirs.write, 10_000, 64)
+            speeds[size], _ = timed(theirs.write, 10_000, size)
         theirs.batch_size = max(speeds, key=lambda size: speeds[size])
         print(f"  generate, rows/s by batch size: {_rounded(speeds)}", flush=True)
     rates: dict[str, list[float]] = {"ours": [], "generate": []}
