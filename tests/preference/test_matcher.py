@@ -323,11 +323,11 @@ def test_a_long_reply_takes_linear_time(reply):
     seconds = []
     for text in (reply[: len(reply) // 4], reply):
         start = time.process_time()
-        match_reply(text, TRAITS["bands"])
         match_reply(text, ANIMALS)
         seconds.append(time.process_time() - start)
-    assert seconds[1] < 3, seconds
+    # Quadratic time would be 16 times as much, and hours where every character counts.
     assert seconds[1] < 10 * seconds[0] + 0.1, seconds
+    assert seconds[1] < 2, seconds
 
 
 def test_a_cell_of_replies_takes_no_time():
