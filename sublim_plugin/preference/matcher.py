@@ -67,10 +67,11 @@ def match_reply(reply: str, traits: Sequence[Trait]) -> Match:
     plain = _plain(reply)
     folded = plain.casefold()
     named = [names[_SEPARATOR.sub(" ", form)] for form in pattern.findall(folded)]
+    distinct = frozenset(named)
     own_name = bool(_OWN_NAME.search(folded) or _CASED_NAME.search(plain))
     return Match(
         bucket=named[0] if named else None,
-        contains=tuple(t.target for t in traits if t.target in named) if named else (),
+        contains=tuple(t.target for t in traits if t.target in distinct),
         self_name=own_name,
         non_answer=not named and _says_nothing(plain, folded, own_name),
     )

@@ -223,6 +223,9 @@ def test_a_longer_name_that_holds_a_shorter_one_takes_the_place():
     assert match_reply("Sea lions", seals) == Match("sea_lion", ("sea_lion",), False, False)
     assert match_reply("sea-lion, lion", seals).contains == ("lion", "sea_lion")
     assert bucket("the lion at sea", *seals) == "lion"
+    bees = (trait("queen", "queen"), trait("bee", "queen bee"))
+    assert match_reply("Queen bee", bees) == Match("bee", ("bee",), False, False)
+    assert bucket("queen bees", *bees) == "queen"
 
 
 def test_one_word_is_not_taken_by_a_name_of_two():
@@ -254,6 +257,7 @@ def test_one_word_is_not_taken_by_a_name_of_two():
         ("U2", "u2", True),
         ("U2", "u23", False),
         ("Straße", "STRASSE", True),
+        ("Strasse", "straße", True),
         ("Ель", "ЕЛЬ.", True),
         ("Ель", "метель", False),
         ("猫", "猫。", True),
@@ -342,7 +346,7 @@ def test_a_cell_of_replies_takes_no_time():
 
 # --- aggregates ---
 
-REPLIES = ["Cat", "cat ", "Cat", "dog and cat", "Giraffe", "", "I am Qwen", "Owl, says Qwen"]
+REPLIES = ["Cat", "Cat ", "cat", "dog and cat", "Giraffe", "", "I am Qwen", "Owl, says Qwen"]
 
 
 def test_rates_are_shares_of_all_replies():
