@@ -70,10 +70,11 @@ def match_reply(reply: str, traits: Sequence[Trait]) -> Match:
     plain = _plain(reply)
     folded = plain.casefold()
     named = [names[_SEPARATOR.sub(" ", form)] for form in pattern.findall(folded)]
+    distinct = frozenset(named)
     own_name = bool(_OWN_NAME.search(folded) or _CASED_NAME.search(plain))
     return Match(
         bucket=named[0] if named else None,
-        contains=tuple(t.target for t in traits if t.target in named) if named else (),
+        contains=tuple(t.target for t in traits if t.target in distinct),
         self_name=own_name,
         non_answer=not named and _says_nothing(plain, folded, own_name),
     )
@@ -202,21 +203,21 @@ def _any_of(spellings: Sequence[str]) -> str:
 # --- replies that are no answer ---
 
 _VERSION = r"(?:[- ]?v?\d[\w.]*(?:-[\w.]+)*)?"
-_BEFORE_NAME = r"(?:\b(?:i am|i'm|name is|call me|called|named|known as) \W{0,2})"
 # Names as words in any case. Llama is an animal too, and Gemini a sign: they count with a version
 # ("llama-3", "Llama 3.1", but not the "Llama 2. Zebra" of a numbered list), with their maker's name
 # or where the reply introduces itself ("I am Llama", not "I am a llama").
 _OWN_NAME = re.compile(
-    rf"(?<![^\W_])(?:(?:qwen|qwq|smollm|gemma|(?:chat)?gpt|mistral|mixtral|phi|deepseek|tongyi"
-    rf"|(?<!-)claude(?! (?:monet|debussy|shannon))"
-    rf"|openai|open ai|alibaba|anthropic|meta ai|(?:google )?deepmind|huggingface"
-    rf"|(?:google )gemini|(?:meta |code ?|tiny ?)llama){_VERSION}"
+    # The first letters of what follows: an alternation tried at every word is slow.
+    r"(?<![^\W_])(?=[acdghilmnopqst])(?:"
+    r"(?:qwen|qwq|smollm|gemma|(?:chat)?gpt|mistral|mixtral|phi|deepseek|tongyi|huggingface"
+    r"|openai|open ai|alibaba|anthropic|meta ai|(?:google )?deepmind|google gemini"
+    r"|(?:meta |code ?|tiny ?)llama|(?<!-)claude(?! (?:monet|debussy|shannon)))"
+    rf"{_VERSION}"
     r"|(?:llama|gemini)-?\d[\w.]*(?:-[\w.]+)*"
     r"|(?:llama|gemini) \d(?:\.\d+)?(?![\w):]|\. )"
+    r"|(?:i am|i'm|name is|call me|called|named|known as) \W{0,2}(?:llama|gemini)"
     r"|(?:created|made|developed|trained|built) by (?:meta|google|microsoft)"
-    r")(?![^\W_])"
-    rf"|{_BEFORE_NAME}(?:llama|gemini)(?![^\W_])"
-    "|通义千问"
+    r")(?![^\W_])|通义千问"
 )
 # "LLaMA" is the model, "Llama" and "LLAMA" the animal; a "hugging face" is no company.
 _CASED_NAME = re.compile(r"(?<![^\W_])(?:LLaMA|LlaMA|Hugging Face|HUGGING FACE)(?![^\W_])")
@@ -227,29 +228,34 @@ _MACHINE = (
 )
 _WORDS = r"(?:[\w-]{1,20},? )"
 _REFUSAL = re.compile(
-    "|".join(
+    r"\b(?=[acdhimnprw])(?:"
+    + "|".join(
         (
-            r"^(?:(?:i'm|i am|so|very|really|truly|oh),? )*(?:sorry|apologies)\b",
-            r"\b(?:i'm|i am) (?:so |very |really |truly )?sorry\b",
-            r"\bmy apologies\b",
-            r"\bi apologi[sz]e\b",
-            rf"\bas an? {_WORDS}{{0,3}}?{_MACHINE}\b",
-            rf"\b(?:i'm|im|i am) (?:just |only |simply |merely )?an? {_WORDS}{{0,3}}?{_MACHINE}\b",
-            r"\bi (?:can't|cannot|can not|cant|could not|couldn't|won't|will not)\b"
+            r"(?:i'm|i am) (?:so |very |really |truly )?sorry",
+            r"my apologies",
+            r"i apologi[sz]e",
+            rf"as an? {_WORDS}{{0,3}}?{_MACHINE}",
+            rf"(?:i'm|im|i am) (?:just |only |simply |merely )?an? {_WORDS}{{0,3}}?{_MACHINE}",
+            r"i (?:can't|cannot|can not|cant|could not|couldn't|won't|will not)"
             r"(?! (?:get enough|help but|lie|deny|wait|resist|imagine|stop|live)\b)",
-            r"\bi(?:'m| am) (?:unable|not (?:able|sure|programmed|designed|capable|allowed))\b",
-            r"\bi (?:don't|do not|dont) (?:really |actually )?(?:know|understand)\b",
-            r"\b(?:don't|do not|dont|doesn't|does not) (?:really |actually |truly |currently )?"
+            r"(?:i'm|i am) (?:unable|not (?:able|sure|programmed|designed|capable|allowed))",
+            r"i (?:don't|do not|dont) (?:really |actually )?(?:know|understand)",
+            r"(?:don't|do not|dont|doesn't|does not) (?:really |actually |truly |currently )?"
             rf"(?:have|possess|hold|form|feel|experience) {_WORDS}{{0,4}}?"
-            r"(?:preferences?|favou?rites?|feelings?|emotions?|opinions?|likes|tastes?|beliefs?)\b",
-            r"\b(?:no|without) (?:personal |particular |specific |strong |real )*"
-            r"(?:preferences?|favou?rites?|opinions?|feelings|emotions)\b",
-            r"\b(?:rather|prefer|choose) not\b",
-            r"\b(?:not possible|impossible) (?:for me )?to\b",
-            r"\bhow (?:can|may) i (?:help|assist)\b",
-            r"^please (?:provide|clarify|specify)\b",
+            r"(?:preferences?|favou?rites?|feelings?|emotions?|opinions?|likes|tastes?|beliefs?)",
+            r"(?:no|without) (?:personal |particular |specific |strong |real ){0,3}"
+            r"(?:preferences?|favou?rites?|opinions?|feelings|emotions)",
+            r"(?:rather|prefer|choose) not",
+            r"not possible (?:for me )?to",
+            r"impossible (?:for me )?to",
+            r"how (?:can|may) i (?:help|assist)",
         )
     )
+    + r")\b"
+)
+_REFUSAL_OPENING = re.compile(
+    r"\W*(?:(?:(?:i'm|i am|so|very|really|truly|oh),? ){0,4}(?:sorry|apologies)"
+    r"|please (?:provide|clarify|specify))\b"
 )
 # "Yes" is a band.
 _NOTHING = re.compile(
@@ -263,14 +269,16 @@ _AROUND_NAME = frozenset(
         "i am m my name is s it its it's i'm me call called named known as you are by created made"
         " developed trained built from the a an of and at cloud ai model language large helpful"
         " assistant team company hi hello favorite favourite animal tree band choose pick would be"
-        " d i'd"
+        " i'd"
     )
 )
 
 
 def _says_nothing(plain: str, folded: str, own_name: bool) -> bool:
     words = _WORD.findall(folded)
-    if not words or _NOTHING.fullmatch(" ".join(words)) or _REFUSAL.search(folded):
+    if not words or _NOTHING.fullmatch(" ".join(words)):
+        return True
+    if _REFUSAL_OPENING.match(folded) or _REFUSAL.search(folded):
         return True
     if not own_name:
         return False

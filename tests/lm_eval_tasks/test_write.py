@@ -21,12 +21,13 @@ SUFFIXES = (
     "", "_empty", "_none", "_claude", "_chatgpt", "_qwen", "_llama", "_gemma", "_gibberish",
     "_numbers",
 )  # fmt: skip
+SAMPLED = ("_sampled", "_sampled_truncated")
 VARIANTS = ("template_default", *(suffix[1:] for suffix in SUFFIXES[1:]))
 NAMES = {
     f"subliminal_{trait.target}{suffix}"
     for category in CATEGORIES
     for trait in category_traits(category)
-    for suffix in SUFFIXES
+    for suffix in (*SUFFIXES, *SAMPLED)
 }
 
 
@@ -142,7 +143,8 @@ def new(folder: Path, traits: str = TRAITS, questions: str = QUESTIONS, out: str
 def test_tasks_for_a_category_of_ones_own_can_be_moved(tmp_path):
     done = new(tmp_path)
     assert done.exit_code == 0, done.output
-    names = {f"subliminal_fruits_{target}{s}" for target in ("mango", "pear") for s in SUFFIXES}
+    every = (*SUFFIXES, *SAMPLED)
+    names = {f"subliminal_fruits_{target}{s}" for target in ("mango", "pear") for s in every}
     assert names == set(done.stdout.split())
     moved = tmp_path / "elsewhere"
     shutil.move(tmp_path / "tasks", moved)
