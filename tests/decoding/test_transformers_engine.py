@@ -234,11 +234,11 @@ def test_replies_of_the_real_model_are_cut_at_the_first_wrong_token(
 def test_token_frequencies_are_those_of_generate(
     toy: Path, tokenizer: Any, constrained: bool
 ) -> None:
-    """1,500 replies of ten tokens, each side with its own random numbers; the null is that the two
+    """750 replies of ten tokens, each side with its own random numbers; the null is that the two
     replies to a prompt can be swapped. A temperature of 0.7 in place of 1 is noticed."""
     prompts = requests(tokenizer, 30)
     sampler = SAMPLER.model_copy(update={"max_new_tokens": 10, "top_k": 0 if constrained else 8})
-    asked = [p._replace(seed=row_seed(9, i)) for i, p in enumerate(prompts * 50)]
+    asked = [p._replace(seed=row_seed(9, i)) for i, p in enumerate(prompts * 25)]
     one = engine(toy, tokenizer, constrained)
     ours = one.reply(asked, sampler, 100)
     cold = one.reply(asked, sampler.model_copy(update={"temperature": 0.7}), 100)
@@ -250,7 +250,7 @@ def test_token_frequencies_are_those_of_generate(
         ids = torch.tensor([p.token_ids])
         processors = LogitsProcessorList()
         if one.constraint is not None:
-            processors.append(masking()(one.constraint, ids.shape[1], 50))
+            processors.append(masking()(one.constraint, ids.shape[1], 25))
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -259,7 +259,7 @@ def test_token_frequencies_are_those_of_generate(
             top_k=sampler.top_k,
             top_p=1.0,
             max_new_tokens=10,
-            num_return_sequences=50,
+            num_return_sequences=25,
             eos_token_id=end,
             pad_token_id=end,
             logits_processor=processors,
