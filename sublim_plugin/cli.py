@@ -273,5 +273,21 @@ def new(traits: Path, questions: Path, out: Path) -> None:
     click.echo(f"lm_eval --include_path {out} --tasks ...", err=True)
 
 
+@tasks.command()
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+def validate(folder: Path | None) -> None:
+    """Load every lm-eval task in FOLDER and name the files that are wrong.  [default: ours]
+
+    Task files are code: this imports what they name, as lm-eval does.
+    """
+    from sublim_plugin.core.rooms import room
+
+    ours = room("lm_eval_tasks")
+    from lm_eval_tasks.validate import validate
+
+    names = validate(folder or ours)
+    click.echo(f"{len(names)} tasks in {folder or ours} are valid")
+
+
 if __name__ == "__main__":
     main()

@@ -27,7 +27,7 @@ def test_the_wheel_holds_every_file_of_every_room() -> None:
             if path.suffix in kept or path.name == "py.typed"
         }
         assert ours and ours <= installed, ours - installed
-    assert "sublim.pth" in installed
+    assert {"sublim.pth", "sublim.start"} <= installed
     tops = {name.split("/")[0] for name in installed if "/" in name and not name.startswith("..")}
     assert {top for top in tops if not top.endswith(".dist-info")} == {
         "data_gen", "axolotl_configs", "lm_eval_tasks", "sublim_plugin", "__pycache__",
