@@ -182,6 +182,11 @@ def _check(teacher: Teacher, settings: DatasetSettings) -> None:
         )
     if isinstance(teacher, SteeredTeacher):
         raise InputError(f"engine {name} cannot steer; use the transformers engine")
+    if name == "vllm" and isinstance(teacher, FinetunedTeacher) and teacher.method == "lora":
+        raise InputError(
+            "engine vllm does not take a LoRA teacher yet; use the transformers engine, or merge "
+            "the adapter into a checkpoint of its own (in float32, or small updates are lost)"
+        )
     if name == "openai":
         from sublim_plugin.decoding.openai_api import check_context
 
