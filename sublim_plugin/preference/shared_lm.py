@@ -26,7 +26,9 @@ class SharedLM(SharedPrefixLM):
     request states its whole sampler; answers that the journal holds are not computed again.
 
     Repeat k of a prompt has random numbers of its own, which depend on `sample_seed`, the prompt
-    and k alone.
+    and k alone. The logits that they meet round otherwise in a batch of another size, which tips
+    about one draw in a thousand over the whole vocabulary: a continued run is as good as an
+    uninterrupted one, not the same to the last reply.
     """
 
     journal: Journal | None = None

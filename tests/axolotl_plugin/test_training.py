@@ -84,6 +84,7 @@ def test_mask_audit_counts_agree_with_the_tokenizer(
     assert lora.receipt.mask_audit.loss_tokens == count(completions)
 
 
+@pytest.mark.slow
 def test_our_run_equals_plain_axolotl(
     lora: Any, dataset: Path, base_model: Path, tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_a_changed_dataset_is_refused_before_training(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["axolotl.yaml", "changed", "train.log"]
 
 
+@pytest.mark.slow
 def test_a_run_without_receipt_has_failed(lora: Any, tmp_path: Path) -> None:
     settings = yaml.safe_load(lora.yaml.read_text(encoding="utf-8"))
     settings |= {"output_dir": str(tmp_path / "model"), "max_steps": 1}

@@ -77,9 +77,8 @@ def test_a_second_run_makes_nothing_and_is_quick(ran: Ran) -> None:
     assert status.stdout.splitlines()[-1] == f"{len(ran.printed['cells'])} done"
 
 
-@pytest.mark.parametrize(
-    "context", ["template_default", pytest.param("none", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["template_default", "none"])
 def test_the_table_is_what_plain_lm_eval_prints(
     ran: Ran, base_model: Path, tmp_path: Path, context: str
 ) -> None:
