@@ -246,6 +246,7 @@ def test_kill_9_at_every_stage_changes_no_result(
             assert got["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_a_changed_dataset_stops_the_study(ran: Ran, tmp_path: Path) -> None:
     """The same size, another number: found by the hash, before training."""
     import shutil
