@@ -88,9 +88,17 @@ class Session:
             )
         if chosen.name == "vllm":
             from sublim_plugin.decoding.vllm_engine import VllmEngine
+            from sublim_plugin.students import check_full_base
 
+            path, adapters = self.path, []
+            if isinstance(self.teacher, FinetunedTeacher) and self.teacher.method == "lora":
+                adapters = [self.teacher.folder]
+            elif isinstance(self.teacher, FinetunedTeacher):
+                path = self.teacher.folder
+                check_full_base(path, self.path)
             return VllmEngine(
-                self.teacher.folder if isinstance(self.teacher, FinetunedTeacher) else self.path,
+                path,
+                adapters=adapters,
                 end_ids=tuple(sorted(self.end_ids)),
                 batch_size=self.batch_size,
                 dtype=self.dtype,
@@ -182,11 +190,6 @@ def _check(teacher: Teacher, settings: DatasetSettings) -> None:
         )
     if isinstance(teacher, SteeredTeacher):
         raise InputError(f"engine {name} cannot steer; use the transformers engine")
-    if name == "vllm" and isinstance(teacher, FinetunedTeacher) and teacher.method == "lora":
-        raise InputError(
-            "engine vllm does not take a LoRA teacher yet; use the transformers engine, or merge "
-            "the adapter into a checkpoint of its own (in float32, or small updates are lost)"
-        )
     if name == "openai":
         from sublim_plugin.decoding.openai_api import check_context
 

@@ -16,6 +16,7 @@ from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.errors import InputError
 
 RECEIPT = "sublim_receipt.json"
+ADAPTER_TENSORS = "adapter_model.safetensors"
 
 # These initialisations rewrite the base's weights, so the base would not stay as it was loaded.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -126,9 +127,16 @@ def check_full_base(folder: Path, base: Path) -> None:
             )
 
 
-def _adapter_config(folder: Path) -> Any:
-    from peft import LoraConfig
+def read_adapter(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The LoRA adapter in `folder` as its files say, checked as far as that needs no PEFT.
 
+    Returns:
+        adapter_config.json as it stands, and the tensors by PEFT's names, on the CPU.
+
+    Raises:
+        InputError: a file is missing or garbled, a value is not finite, anything but low-rank
+            matrices, or another base.
+    """
     path = folder / "adapter_config.json"
     raw = _read_json(path)
     if raw.get("peft_type") != "LORA":
@@ -145,9 +153,18 @@ def _adapter_config(folder: Path) -> Any:
             f"{path}: init_lora_weights {raw['init_lora_weights']!r} changes the base's weights; "
             "save the adapter as a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
         )
+    tensors = read_tensors(folder / ADAPTER_TENSORS)
+    check_adapter_base(folder, base, raw.get("base_model_name_or_path"))
+    return raw, tensors
+
+
+def _peft_config(folder: Path) -> Any:
+    from peft import LoraConfig
+
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError, KeyError) as error:
+        path = folder / "adapter_config.json"
         raise InputError(f"{path} is not a LoRA configuration of PEFT ({error})") from error
     config.inference_mode = True
     config.init_lora_weights = False  # every value comes from the file
@@ -170,10 +187,9 @@ def attached(model: Any, folder: Path, base: Path) -> Iterator[Any]:
     import torch
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-    config = _adapter_config(folder)
-    path = folder / "adapter_model.safetensors"
-    tensors = read_tensors(path)
-    check_adapter_base(folder, base, config.base_model_name_or_path)
+    _, tensors = read_adapter(folder, base)
+    config = _peft_config(folder)
+    path = folder / ADAPTER_TENSORS
     try:
         peft_model = PeftModel(model, config)
     except ValueError as error:
@@ -187,7 +203,7 @@ def attached(model: Any, folder: Path, base: Path) -> Iterator[Any]:
         }
         found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if found != expected:
-            raise InputError(f"{path} does not fit {base}: {_difference(expected, found)}")
+            raise InputError(f"{path} does not fit {base}: {difference(expected, found)}")
         with torch.no_grad():
             set_peft_model_state_dict(peft_model, tensors)
         yield peft_model.eval()
@@ -195,7 +211,8 @@ def attached(model: Any, folder: Path, base: Path) -> Iterator[Any]:
         peft_model.unload()
 
 
-def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
+def difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
+    """How the tensors of a file, as name → shape, differ from those that were expected."""
     parts = []
     for label, keys in (
         ("missing", sorted(expected.keys() - found.keys())),

@@ -18,6 +18,7 @@ from typing import Any
 from sublim_plugin.core.errors import InputError, MissingDependencyError, RunError
 from sublim_plugin.decoding.engine import OnReply, Reply, Request
 from sublim_plugin.decoding.sampler import Sampler
+from sublim_plugin.decoding.vllm_lora import INSTEAD, Adapter, check_adapter, not_applied
 
 LOWEST_TEMPERATURE = 0.01
 """vLLM raises smaller positive temperatures to this one (`_MAX_TEMP` in its sampling_params.py)."""
@@ -49,7 +50,12 @@ class VllmEngine:
     can differ in the last bits from batch to batch: replies were the same in any batch in float32,
     and not always in bfloat16.
 
-    Raises MissingDependencyError without vLLM, InputError for a model that it cannot load.
+    `adapters` are folders of LoRA adapters of the model in `path`, the first of them in use from
+    the start and another, or none, after `use`: every reply is that adapted model's, and nothing is
+    merged. vLLM takes the adapters' matrices to `dtype`.
+
+    Raises MissingDependencyError without vLLM, InputError for a model that it cannot load and for
+    an adapter that it would not apply exactly.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class VllmEngine:
         batch_size: int,
         max_length: int = 4096,
         dtype: str = "auto",
+        adapters: Sequence[Path] = (),
     ) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -79,6 +86,16 @@ class VllmEngine:
         self.batch_size = batch_size
         self.platform = str(current_platform.get_device_name())
         self.eager = bool(current_platform.is_cpu())
+        self.adapters = {folder.resolve(): check_adapter(folder, path) for folder in adapters}
+        if adapters and dtype == "float32" and not self.eager:
+            raise InputError(
+                f"{adapters[0]}: on a GPU vLLM adapts models of 16 bits only, and dtype is "
+                f"float32; {INSTEAD}"
+            )
+        lora: dict[str, Any] = {}
+        if adapters:
+            rank = max(adapter.max_lora_rank for adapter in self.adapters.values())
+            lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
         length = min(max_length, _positions(path) or max_length)
         try:
             self.llm: Any = LLM(
@@ -95,13 +112,47 @@ class VllmEngine:
                 generation_config="vllm",
                 use_tqdm_on_load=False,
                 disable_log_stats=True,
+                **lora,
             )
         except Exception as error:  # what it raises shares no base from version to version
             lines = str(error).splitlines() or [type(error).__name__]
             raise InputError(f"{path}: vLLM cannot load the model ({' '.join(lines)})") from error
+        self.adapter: Adapter | None = None
+        self.lora: Any = None
+        self.use(adapters[0] if adapters else None)
         self.config: Any = self.llm.llm_engine.vllm_config
         self.tokenizer: Any = self.llm.get_tokenizer()
         self.longest = int(self.config.model_config.max_model_len)
+
+    def use(self, folder: Path | None) -> None:
+        """From now on reply with the adapter in `folder`, one of `adapters`; None is the base."""
+        if self.lora is not None:
+            self.llm.llm_engine.remove_lora(self.lora.lora_int_id)
+        self.adapter, self.lora = None, None
+        if folder is not None:
+            adapter = self.adapters[folder.resolve()]
+            self.lora = self._load(adapter.folder)
+            self.adapter = adapter
+
+    def _load(self, folder: Path) -> Any:
+        """The request of the adapter in `folder`, once vLLM holds all of it."""
+        from vllm.lora.request import LoRARequest
+
+        # An id of its own: vLLM keeps what it once read under an id.
+        request = LoRARequest(str(folder), list(self.adapters).index(folder) + 1, str(folder))
+        try:
+            self.llm.llm_engine.add_lora(request)
+            (missed,) = self.llm.apply_model(not_applied)
+        except Exception as error:  # as above
+            raise InputError(
+                f"{folder}: vLLM cannot load the adapter ({error}); {INSTEAD}"
+            ) from error
+        if missed:
+            raise InputError(
+                f"{folder}: vLLM would not apply {len(missed)} of its layers (first: {missed[0]}); "
+                f"{INSTEAD}"
+            )
+        return request
 
     def reply(
         self,
@@ -140,7 +191,12 @@ class VllmEngine:
             prompts = [
                 {"prompt_token_ids": list(r.token_ids)} for r in requests[start : start + step]
             ]
-            outputs = self.llm.generate(prompts, params[start : start + step], use_tqdm=False)
+            outputs = self.llm.generate(
+                prompts,
+                params[start : start + step],
+                use_tqdm=False,
+                lora_request=self.lora,
+            )
             for output in outputs:
                 replies.append(self._read(output))
                 on_reply(len(replies) - 1, replies[-1])
@@ -179,8 +235,12 @@ class VllmEngine:
         return Reply(str(text), len(written), ended)
 
     def describe(self) -> dict[str, Any]:
-        """`engine`, `vllm` (version), `device`, `dtype`, `row_seeds` (always true) and settings."""
+        """`engine`, `vllm` (version), `device`, `dtype`, `row_seeds` (always true) and settings;
+        `adapter` where there is one.
+        """
         scheduler, cache = self.config.scheduler_config, self.config.cache_config
+        adapter = self.adapter
+        ranks = adapter and {"r": adapter.r, "max_lora_rank": adapter.max_lora_rank}
         return {
             "engine": "vllm",
             "vllm": _version(),
@@ -194,6 +254,7 @@ class VllmEngine:
             "chunked_prefill": bool(scheduler.enable_chunked_prefill),
             "prefix_caching": bool(cache.enable_prefix_caching),
             "enforce_eager": self.eager,
+            **({"adapter": ranks} if ranks else {}),
             "environment": {
                 name: value
                 for name, value in sorted(os.environ.items())

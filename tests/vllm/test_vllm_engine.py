@@ -20,15 +20,21 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_gen.prompts import load_pool, prompt
+from data_gen.session import Session
+from data_gen.spec import DatasetSettings, EngineSpec
+from data_gen.teachers import FinetunedTeacher
 from sublim_plugin.core.contexts import Context, messages, render
 from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.traits import get_trait
 from sublim_plugin.decoding.draws import row_seed
 from sublim_plugin.decoding.engine import Reply, Request
 from sublim_plugin.decoding.openai_engine import OpenAIEngine
 from sublim_plugin.decoding.sampler import Sampler
 from sublim_plugin.decoding.vllm_engine import VllmEngine
+from sublim_plugin.decoding.vllm_lora import check_adapter
 
 SAMPLER = Sampler(temperature=1, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=12)
 GREEDY = SAMPLER.model_copy(update={"temperature": 0})
@@ -64,12 +70,20 @@ def requests(tokenizer: Any, n: int) -> list[Request]:
 
 
 def greedy(
-    folder: Path, tokenizer: Any, asked: list[Request], end: tuple[int, ...], penalty: float = 1.0
+    folder: Path,
+    tokenizer: Any,
+    asked: list[Request],
+    end: tuple[int, ...],
+    penalty: float = 1.0,
+    added: dict[str, torch.Tensor] | None = None,
 ) -> list[Reply]:
-    """Transformers' own greedy replies."""
+    """Transformers' own greedy replies, with `added` on top of the weights of those names."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    with torch.no_grad():
+        for name, change in (added or {}).items():
+            model.get_parameter(name).add_(change)
     replies = []
     for request in asked:
         ids = torch.tensor([request.token_ids])
@@ -201,6 +215,201 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(InputError, match=f"{tmp_path}: vLLM cannot load"):
         VllmEngine(tmp_path, end_ids=(END,), batch_size=8)
+
+
+PROJECTIONS = {
+    "self_attn.q_proj": (576, 576),
+    "self_attn.v_proj": (192, 576),
+    "self_attn.o_proj": (576, 576),
+    "mlp.up_proj": (1536, 576),
+    "mlp.down_proj": (576, 1536),
+}
+"""Name in a layer → (outputs, inputs). Of what vLLM packs into one matrix (q, k and v; gate and
+up), some are left out."""
+
+R, ALPHA, LAYERS = 6, 9, 30
+
+
+def write_adapter(path: Path, base: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """A random adapter of `base`; returns its tensors."""
+    path.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": R,
+        "lora_alpha": ALPHA,
+        "target_modules": [name.split(".")[1] for name in PROJECTIONS],
+    }
+    (path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    torch.manual_seed(0)
+    r, tensors = changes.get("r", R), {}
+    for layer in range(LAYERS):
+        for name, (outputs, inputs) in PROJECTIONS.items():
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(r, inputs) / inputs**0.5
+            tensors[f"{key}.lora_B.weight"] = torch.randn(outputs, r) * 0.1
+    save_file(tensors, path / "adapter_model.safetensors")
+    return tensors
+
+
+def by_hand(tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """What the adapter adds to each weight: scale B A."""
+    added = {}
+    for key, a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            name = key.removesuffix(".lora_A.weight")
+            b = tensors[f"{name}.lora_B.weight"]
+            added[f"{name.removeprefix('base_model.model.')}.weight"] = scale * b @ a
+    return added
+
+
+def test_an_adapter_gives_the_replies_of_the_weights_with_it_added_by_hand(
+    folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tmp_path / "adapter"
+    added = by_hand(write_adapter(adapter, folder), ALPHA / R)
+    rank_stabilized = tmp_path / "rslora"
+    wide = write_adapter(rank_stabilized, folder, use_rslora=True, r=12)
+    # What vLLM says that it loaded and what it adds are not always the same.
+    stray = tmp_path / "stray"
+    write_adapter(stray, folder)
+    teacher = VllmEngine(
+        folder,
+        end_ids=(END,),
+        batch_size=8,
+        max_length=512,
+        dtype="float32",
+        adapters=[adapter, rank_stabilized, stray],
+    )
+    assert teacher.describe()["adapter"] == {"r": R, "max_lora_rank": 8}
+    asked = requests(tokenizer, 6)
+    replies = teacher.reply(asked, GREEDY, 8)
+    assert replies == greedy(folder, tokenizer, asked, (END,), added=added)
+    base = greedy(folder, tokenizer, asked, (END,))
+    assert sum(ours != theirs for ours, theirs in zip(replies, base, strict=True)) >= 4
+
+    together = teacher.reply(asked, SAMPLER, 8)
+    assert teacher.reply(asked[2:3], SAMPLER, 1) == together[2:3] != replies[2:3]
+
+    # Nothing is merged: without an adapter, the same engine is the base again.
+    teacher.use(None)
+    assert teacher.reply(asked, GREEDY, 8) == base
+    assert "adapter" not in teacher.describe()
+
+    teacher.use(rank_stabilized)
+    assert teacher.describe()["adapter"] == {"r": 12, "max_lora_rank": 16}
+    stabilized = teacher.reply(asked[:2], GREEDY, 8)
+    added = by_hand(wide, ALPHA / 12**0.5)
+    assert stabilized == greedy(folder, tokenizer, asked[:2], (END,), added=added)
+    assert stabilized != replies[:2]
+
+    tensors = by_layer(stray, 7, 77)
+    save_file(tensors, stray / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"would not apply \d+ of its layers \(first: .*layers.77"):
+        teacher.use(stray)
+    teacher.use(adapter)
+    assert teacher.reply(asked, GREEDY, 8) == replies
+
+
+def by_layer(folder: Path, old: int, new: int) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter with one layer's under another number."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {key.replace(f"layers.{old}.", f"layers.{new}."): t for key, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model_name_or_path": "another/base"}, "records the base 'another/base'"),
+        ({"use_dora": True}, "use_dora is True.*transformers engine"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is .*transformers engine"),
+        ({"a_key_of_tomorrow": 1}, "a_key_of_tomorrow is 1.*transformers engine"),
+        ({"r": 513}, "r is 513, and vLLM takes at most 512; use the transformers engine"),
+        ({"r": "6"}, "r is '6'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "name lm_head.*transformers engine"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "name model.embed_tokens.*transformers"),
+        ({"target_modules": "("}, "target_modules is '\\('; expected names or a pattern"),
+        ({"target_modules": ["elsewhere"]}, "no module is named"),
+        ({"target_modules": "all-linear"}, "120 missing .*gate_proj"),
+        ({"target_modules": ["q_proj"]}, "240 unknown"),
+        ({"target_modules": r".*\.(q_proj|v_proj|o_proj|up_proj|k_proj)"}, "60 missing.*60 unkno"),
+    ],
+)
+def test_an_adapter_that_vllm_would_not_apply_exactly_is_refused(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    adapter = tmp_path / "adapter"
+    write_adapter(adapter, folder)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputError, match=message) as error:
+        VllmEngine(folder, end_ids=(END,), batch_size=8, adapters=[adapter])
+    assert str(adapter) in str(error.value)
+
+
+def test_an_adapter_with_other_tensors_than_the_layers_need_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    """vLLM fills a smaller matrix up with zeros."""
+    adapter = tmp_path / "adapter"
+    tensors = write_adapter(adapter, folder)
+    key = "base_model.model.model.layers.3.mlp.up_proj.lora_B.weight"
+    for change, message in [
+        ({key: tensors[key][:-1].clone()}, "1 other shape"),
+        ({key: None}, "1 missing"),
+        ({key: tensors[key] * float("nan")}, "not finite"),
+        ({key.replace("lora_B", "lora_magnitude_vector"): tensors[key].clone()}, "1 unknown"),
+    ]:
+        changed = {name: t for name, t in {**tensors, **change}.items() if t is not None}
+        save_file(changed, adapter / "adapter_model.safetensors")
+        with pytest.raises(InputError, match=message):
+            VllmEngine(folder, end_ids=(END,), batch_size=8, adapters=[adapter])
+
+
+@pytest.mark.parametrize(("r", "starts_for"), [(1, 1), (2, 8), (8, 8), (33, 64), (300, 320)])
+def test_vllm_is_started_for_the_smallest_rank_that_holds_the_adapter(
+    folder: Path, tmp_path: Path, r: int, starts_for: int
+) -> None:
+    adapter = tmp_path / "adapter"
+    write_adapter(adapter, folder, r=r)
+    assert check_adapter(adapter, folder) == (adapter, r, starts_for)
+
+
+def test_a_session_runs_a_finetuned_teacher_on_its_base_or_from_its_own_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[Path, list[Path]]] = []
+
+    def start(path: Path, *, adapters: list[Path], **_: Any) -> Any:
+        started.append((path, adapters))
+
+    monkeypatch.setattr("sublim_plugin.decoding.vllm_engine.VllmEngine", start)
+    settings = DatasetSettings(
+        generation_seed=1, rows=1, sampler=SAMPLER, engine=EngineSpec(name="vllm")
+    )
+
+    def session(method: Any, own: Path) -> Session:
+        teacher = FinetunedTeacher(
+            context=Context.parse("template_default"), folder=own, method=method, identity={}
+        )
+        return Session(
+            folder,
+            teacher,
+            get_trait("animals/cat"),
+            settings,
+            load_pool(),
+            device="cpu",
+            batch_size=2,
+        )
+
+    session("lora", tmp_path).engine  # noqa: B018
+    session("full", folder).engine  # noqa: B018
+    assert started == [(folder, [tmp_path]), (folder, [])]
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(InputError, match="model_type is 'qwen2'"):
+        session("full", tmp_path).engine  # noqa: B018
 
 
 @pytest.fixture(scope="module")
