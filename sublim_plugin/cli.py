@@ -179,6 +179,10 @@ def generate(ctx: click.Context, args: tuple[str, ...]) -> None:
 @click.option("--out", default="scores", show_default=True, type=click.Path(path_type=Path))
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first questions.")
 @click.option("--seed", default=1, show_default=True, help="Seed of sampled replies.")
+@click.option(
+    "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers",
+    show_default=True, help="vllm: sampled tasks only, all adapters in one engine.",
+)  # fmt: skip
 @click.option("--device", help="cpu, cuda, ...  [default: a GPU if there is one]")
 @click.option("--dtype", default="auto", show_default=True)
 @JSON
@@ -192,6 +196,7 @@ def evaluate(
     out: Path,
     limit: int | None,
     seed: int,
+    engine: Any,
     device: str | None,
     dtype: str,
     as_json: bool,
@@ -202,15 +207,16 @@ def evaluate(
     """
     from sublim_plugin.core.base_models import resolve
     from sublim_plugin.core.contexts import Context
-    from sublim_plugin.preference.score import Scorer, against_base, rows_of, student, table
+    from sublim_plugin.preference import score
 
     base = resolve(model)
     asked = [Context.parse(c) for c in contexts.split(",")] if contexts else [None]
-    scorer = Scorer(base, out, device=device, dtype=dtype, seed=seed)
-    students = [student(folder, base, scorer.settings) for folder in (*adapters, *more)]
+    common = score.identity(base, engine=engine, dtype=dtype)
+    students = [score.student(folder, common) for folder in (*adapters, *more)]
+    scorer = score.Scorer(base, out, students, engine=engine, device=device, dtype=dtype, seed=seed)
     rows: list[Any] = []
     reference: list[Any] = []
-    for one in (scorer.base_itself(), *students):
+    for one in (score.the_base(base, common), *students):
         found = scorer.score(
             one,
             names.split(","),
@@ -220,14 +226,16 @@ def evaluate(
             progress=sys.stderr.isatty(),
         )
         new = [
-            row for context, results, at in found for row in rows_of(one.name, results, at, context)
+            row
+            for context, results, at in found
+            for row in score.rows_of(one.name, results, at, context)
         ]
         reference = reference or new
-        rows += against_base(new, reference) if one.folder else new
+        rows += score.against_base(new, reference) if one.folder else new
     if as_json:
         click.echo(json.dumps([row.model_dump(mode="json") for row in rows]))
     else:
-        click.echo(table(rows))
+        click.echo(score.table(rows))
         click.echo(f"replies and scores of every question: {out}/*/*/samples_*.jsonl")
 
 

