@@ -14,11 +14,11 @@ from typing import Any
 
 import datasets
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import CachingLM
+from lm_eval.api.model import LM, CachingLM
 from lm_eval.api.task import ConfigurableTask
 
 from sublim_plugin.core.contexts import Context, Rendered, render
-from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.traits import candidates_of, get_trait
 from sublim_plugin.preference.forms import (
     LOW_COVERAGE,
@@ -128,7 +128,7 @@ class _Preference(ConfigurableTask):  # type: ignore[misc]
                 f"{name}: lm-eval's request cache does not know the tokenizer: drop "
                 "--cache_requests"
             )
-        if _responses_are_cached():
+        if isinstance(_calling_model(), CachingLM):
             raise InputError(
                 f"{name}: lm-eval's response cache does not know the model, so an adapter would "
                 "get its base's numbers: drop --use_cache"
@@ -272,15 +272,22 @@ class SampledTask(_Preference):
 
     def __init__(self, config: dict[str, Any] | None = None, **given: Any) -> None:
         config = dict(config or {})
-        sampler = config.get("generation_kwargs") or {}
-        if missing := sorted({"do_sample", *STATED} - {*sampler}):
-            raise InputError(
-                f"task {config.get('task', 'subliminal')}: generation_kwargs: {missing[0]} is not "
-                "stated; a model's generation_config would decide it"
-            )
+        _check_sampler(config.get("task", "subliminal"), config.get("generation_kwargs") or {})
         keep = {"function": "take_first_k", "k": config.get("repeats", 1)}
         config["filter_list"] = [{"name": "replies", "filter": [keep]}]
         super().__init__(config, **given)
+
+    def build_all_requests(self, **options: Any) -> None:
+        name = self.config.task
+        _check_sampler(name, self.config.generation_kwargs)  # --gen_kwargs may have changed it
+        api = sys.modules.get("lm_eval.models.api_models")
+        if api is not None and isinstance(_calling_model(), api.TemplateAPI):
+            raise InputError(
+                f"{name}: lm-eval sends one and the same seed with every request to a server, so "
+                "all replies to a question would be one reply; use --model hf or vllm, or sublim "
+                "eval"
+            )
+        super().build_all_requests(**options)
 
     def construct_requests(
         self, doc: dict[str, Any], ctx: str, metadata: Any = None, **_: Any
@@ -297,6 +304,11 @@ class SampledTask(_Preference):
 
     def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
         replies = results[0] if isinstance(results[0], list) else list(results)
+        if (lost := sum(reply is None for reply in replies)) > 0:
+            raise RunError(
+                f"{self.config.task}, question {doc['id']}: {lost} of {len(replies)} replies did "
+                "not come; a rate over the others would be another measure: run it again"
+            )
         matches = [match_reply(reply, self.candidates) for reply in replies]
         doc["prompt_sha256"] = self.prompt_sha256[doc["id"]]
         doc["notes"] = self.notes
@@ -307,12 +319,27 @@ class SampledTask(_Preference):
         return {**values, "target_rate_low": rate, "target_rate_high": rate}
 
 
-def _responses_are_cached() -> bool:
-    """Whether lm-eval's `evaluate` runs us on a CachingLM. It hands tasks no model, so look at the
+def _check_sampler(name: str, given: dict[str, Any]) -> None:
+    """Raises InputError for a sampler that is not stated whole, or that would not sample."""
+    if missing := sorted({"do_sample", *STATED} - {*given}):
+        raise InputError(
+            f"task {name}: generation_kwargs: {missing[0]} is not stated; a model's "
+            "generation_config would decide it"
+        )
+    if given["do_sample"] is not True or float(given["temperature"]) <= 0:
+        raise InputError(
+            f"task {name}: generation_kwargs: do_sample {given['do_sample']}, temperature "
+            f"{given['temperature']}: every reply to a question would be the same; expected "
+            "do_sample true and a temperature above 0"
+        )
+
+
+def _calling_model() -> Any:
+    """The LM of lm-eval's `evaluate` that runs us. It hands tasks no model, so look at the
     caller."""
     frame = sys._getframe(2)
     while frame is not None:
-        if isinstance(frame.f_locals.get("lm"), CachingLM):
-            return True
+        if isinstance(lm := frame.f_locals.get("lm"), (LM, CachingLM)):
+            return lm
         frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return None

@@ -19,6 +19,8 @@ from sublim_plugin.core.hashing import sha256_json
 RECEIPT = "sublim_receipt.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
 
+PROBE_TEXT = "user\nAn owl, cats and Dragonflies:\n 7, 42;  999\tÜber 🐈 system\n\nassistant\n"
+
 # These initialisations rewrite the base's weights, so the base would not stay as it was loaded.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -110,6 +112,32 @@ def check_trained_weights(folder: Path, hashes: dict[str, str]) -> None:
             f"{folder}: the weights' sha256 is {found[:12]}, {RECEIPT} says {recorded[:12]}; they "
             "were changed after training: restore them or train again"
         )
+
+
+def check_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Refuse a student whose folder holds a tokenizer that splits text otherwise than its base's.
+
+    Its chat template may be another one: the eval context decides how a prompt is rendered.
+
+    Raises:
+        InputError: the two give other token ids for a text with roles, words, numbers and spaces.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return
+    from transformers import AutoTokenizer
+
+    loader: Any = AutoTokenizer
+    try:
+        own = loader.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: its tokenizer cannot be read ({error})") from error
+    for text in PROBE_TEXT, " ".join(sorted(tokenizer.all_special_tokens)):
+        theirs, mine = (t(text, add_special_tokens=False)["input_ids"] for t in (own, tokenizer))
+        if theirs != mine:
+            raise InputError(
+                f"{folder} was trained with another tokenizer: {text!r} is {theirs[:8]}... to it "
+                f"and {mine[:8]}... to its base; pass the base that it was trained on"
+            )
 
 
 def check_adapter_base(folder: Path, base: Path, recorded: str | None) -> None:

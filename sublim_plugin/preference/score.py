@@ -26,7 +26,7 @@ from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest
 from sublim_plugin.core.versions import installed
 from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
 from sublim_plugin.preference.journal import Journal
-from sublim_plugin.students import ADAPTER_TENSORS, check_trained_weights
+from sublim_plugin.students import ADAPTER_TENSORS, check_tokenizer, check_trained_weights
 
 Engine = Literal["transformers", "vllm"]
 MAIN = {"multiple_choice": "target_logprob", "generate_until": "target_rate"}
@@ -177,6 +177,8 @@ class Scorer:
         that is not finite. BusyError where another process scores the same model there.
         """
         folder = self.out / one.slug
+        if one.folder is not None:
+            check_tokenizer(one.folder, self.lm.tokenizer)
         found = []
         with cell_lock(folder), self._on(one.folder, one.method):
             self.lm.journal = Journal(folder / "journal.jsonl", one.identity)

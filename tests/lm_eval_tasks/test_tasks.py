@@ -13,8 +13,9 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 import sublim_plugin.lm_eval_hook as hook
+from lm_eval_tasks.task import SampledTask
 from sublim_plugin.core.contexts import Context
-from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.traits import category_traits, get_trait
 from sublim_plugin.preference.evaluate import Evaluator
 from sublim_plugin.preference.forms import METRICS
@@ -142,6 +143,72 @@ def test_low_coverage_is_said(toy_base, caplog):
 def test_refusals(toy_base, options, said):
     with pytest.raises(InputError, match=said):
         run(toy_base, ["subliminal_cat"], **options)
+
+
+def sampled_task(**changes):
+    sampler = {
+        "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+        "repetition_penalty": 1.0, "max_gen_toks": 3, "until": [],
+    }  # fmt: skip
+    return SampledTask(
+        config={
+            "task": "own",
+            "output_type": "generate_until",
+            "repeats": 4,
+            "generation_kwargs": {k: v for k, v in {**sampler, **changes}.items() if v is not None},
+            "metadata": {"trait": "animals/cat", "context": "none", "questions": "animals"},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"top_k": None}, "top_k is not stated"),
+        ({"temperature": 0}, "temperature 0"),
+        ({"temperature": 0.0}, "temperature 0"),
+        ({"do_sample": False}, "do_sample False"),
+    ],
+)
+def test_a_sampled_task_samples_and_says_how(changes, said):
+    with pytest.raises(InputError, match=said):
+        sampled_task(**changes)
+
+
+def test_a_sampled_task_cannot_be_made_greedy_on_the_command_line(toy_base):
+    with pytest.raises(InputError, match="would be the same"):
+        run(toy_base, ["subliminal_cat_sampled"], gen_kwargs="temperature=0")
+
+
+def test_a_server_that_gets_one_seed_is_refused(toy_base, monkeypatch):
+    """lm-eval's API models send seed 1234 with every request, so that repeats repeat."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    manager = TaskManager(include_path=hook.tasks_folder(), include_defaults=False)
+    arguments = {
+        "model": "m", "base_url": "http://127.0.0.1:9/v1/completions", "tokenizer": str(toy_base),
+        "tokenizer_backend": "huggingface",
+    }  # fmt: skip
+    with pytest.raises(InputError, match="one and the same seed"):
+        simple_evaluate(
+            model="local-completions",
+            model_args=arguments,
+            tasks=["subliminal_cat_sampled"],
+            task_manager=manager,
+            apply_chat_template=True,
+            limit=1,
+        )
+
+
+def test_replies_are_matched_and_lost_ones_are_an_error():
+    task = sampled_task()
+    doc = {"id": 3, "question": "?", "target": "cat"}
+    task.prompt_sha256[3] = "0" * 64
+    values = task.process_results(doc, [["Cats!", "", "A wolf.", "cat"]])
+    assert values["target_rate"] == 0.5
+    assert values["non_answer_rate"] == 0.25
+    assert doc["matches"] == ["cat", None, "wolf", "cat"]
+    with pytest.raises(RunError, match="question 3: 1 of 4 replies did not come"):
+        task.process_results(doc, [["cat", None, "cat", "cat"]])
 
 
 @pytest.mark.parametrize("flag", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,14 @@ from lm_eval.tasks import TaskManager
 
 from sublim_plugin.cli import main
 from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.hashing import sha256_file
+from sublim_plugin.core.manifest import write_manifest
 from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
 from sublim_plugin.preference.intervals import interval
 from sublim_plugin.preference.journal import Journal
-from sublim_plugin.preference.shared_lm import SharedLM, stated_sampler
+from sublim_plugin.preference.replies import stated_sampler
+from sublim_plugin.preference.score import identity, student
+from sublim_plugin.preference.shared_lm import SharedLM
 
 QUESTIONS = """\
 name: two
@@ -51,20 +56,24 @@ def run(out: Path, base: Path, questions: Path, *more: str) -> list[dict[str, An
 
 
 def test_log_probs_are_those_of_lm_eval_and_are_computed_once(
-    base_model: Path,
-    adapter: Path,
+    toy_base: Path,
+    toy_adapter: Path,
     questions: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rows = run(tmp_path, base_model, questions, "--adapters", str(adapter), "--tasks", TASKS)
+    rows = run(tmp_path, toy_base, questions, "--adapters", str(toy_adapter), "--tasks", TASKS)
     assert [row["task"] for row in rows] == [*TASKS.split(","), *TASKS.split(",")]
     merge_run_metadata(TaskManager)
     manager = TaskManager(
         include_path=tasks_folder(), include_defaults=False, metadata={"questions": str(questions)}
     )
     plain = HFLM(
-        pretrained=str(base_model), peft=str(adapter), device="cpu", dtype="float32", batch_size=16
+        pretrained=str(toy_base),
+        peft=str(toy_adapter),
+        device="cpu",
+        dtype="float32",
+        batch_size=16,
     )
     theirs = simple_evaluate(
         model=plain,
@@ -86,13 +95,13 @@ def test_log_probs_are_those_of_lm_eval_and_are_computed_once(
 
     monkeypatch.setattr(SharedLM, "_loglikelihood_tokens", fail)
     again = run(
-        tmp_path, base_model, questions, "--adapters", str(adapter), "--tasks", "subliminal_cat"
+        tmp_path, toy_base, questions, "--adapters", str(toy_adapter), "--tasks", "subliminal_cat"
     )
     assert again == [rows[0], rows[2]]
 
 
 def test_replies_that_are_there_stay_and_the_rest_is_drawn_as_before(
-    base_model: Path, questions: Path, tmp_path: Path
+    toy_base: Path, questions: Path, tmp_path: Path
 ) -> None:
     """A batch of another size rounds otherwise, which now and then tips a draw: most of the replies
     that are computed again are the same, all that were kept are."""
@@ -100,7 +109,7 @@ def test_replies_that_are_there_stay_and_the_rest_is_drawn_as_before(
     few.write_text(QUESTIONS)
     names = "subliminal_cat_sampled"
     rows = run(
-        tmp_path / "a", base_model, few, "--tasks", names, "--contexts", "none", "--limit", "1"
+        tmp_path / "a", toy_base, few, "--tasks", names, "--contexts", "none", "--limit", "1"
     )
     (row,) = rows
     (sample,) = [json.loads(x) for x in Path(row["samples"]).read_text().splitlines()]
@@ -116,7 +125,7 @@ def test_replies_that_are_there_stay_and_the_rest_is_drawn_as_before(
     # a kill: half of the replies are left, the last one torn
     journal.write_bytes(b"".join(lines[:60]) + lines[60][:9])
     again = run(
-        tmp_path / "a", base_model, few, "--tasks", names, "--contexts", "none", "--limit", "1"
+        tmp_path / "a", toy_base, few, "--tasks", names, "--contexts", "none", "--limit", "1"
     )
     (sample,) = [json.loads(x) for x in Path(again[0]["samples"]).read_text().splitlines()]
     kept = {json.loads(line)[1] for line in lines[1:60]}
@@ -167,12 +176,108 @@ def test_a_kill_loses_no_more_than_a_moment(
     ],
 )
 def test_what_does_not_fit_is_one_message(
-    base_model: Path, tmp_path: Path, arguments: str, said: str
+    toy_base: Path, tmp_path: Path, arguments: str, said: str
 ) -> None:
-    command = ["eval", "--model", str(base_model), "--out", str(tmp_path / "o")]
+    command = ["eval", "--model", str(toy_base), "--out", str(tmp_path / "o")]
     done = CliRunner().invoke(main, [*command, *arguments.split()])
     assert done.exit_code == 2
     assert said in done.stderr
+
+
+def test_weights_that_were_changed_after_training_are_refused(
+    toy_base: Path, toy_adapter: Path, tmp_path: Path
+) -> None:
+    """A flipped bit loads without a word: only a recorded hash can tell."""
+    common = identity(toy_base, engine="transformers", dtype="auto")
+    cell = tmp_path / "student-cat"
+    shutil.copytree(toy_adapter, cell / "model")
+    weights = cell / "model" / "adapter_model.safetensors"
+    receipt = {"weights_sha256": sha256_file(weights), "base_model": {}}
+    write_manifest(
+        cell, kind="student", id="0" * 12, label="", spec={},
+        outputs=["model/adapter_model.safetensors"], started=time.time(),
+    )  # fmt: skip
+    assert student(cell, common).method == "lora"
+    (cell / "model" / "sublim_receipt.json").write_text(json.dumps(receipt))
+    assert student(cell / "model", common).identity == student(cell, common).identity
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(InputError, match="its manifest says"):
+        student(cell, common)
+    with pytest.raises(InputError, match=r"sublim_receipt.json says"):
+        student(cell / "model", common)
+
+
+def test_seeds_decide_the_replies(toy_base: Path, questions: Path, tmp_path: Path) -> None:
+    def replies(name: str, seed: int) -> list[list[str]]:
+        rows = run(
+            tmp_path / name, toy_base, questions, "--tasks", "subliminal_cat_sampled",
+            "--seed", str(seed),
+        )  # fmt: skip
+        lines = Path(rows[0]["samples"]).read_text().splitlines()
+        return [json.loads(line)["filtered_resps"][0] for line in lines]
+
+    first = replies("a", 1)
+    assert replies("b", 1) == first
+    other = replies("c", 2)
+    assert all(x != y for x, y in zip(first, other, strict=True))
+    assert first[0] != first[1]
+    assert all(len(set(question)) > 90 for question in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["template_default", "empty", "none", "claude", "gibberish"])
+def test_both_measures_are_those_of_plain_lm_eval_on_the_real_model(
+    base_model: Path, adapter: Path, questions: Path, tmp_path: Path, context: str
+) -> None:
+    """Log-probabilities to 1e-4; of sampled replies the rate of every bucket, by a chi-square test
+    over the replies to each question."""
+    import numpy as np
+    from scipy import stats
+
+    suffix = "" if context == "template_default" else f"_{context}"
+    merge_run_metadata(TaskManager)
+    plain = HFLM(
+        pretrained=str(base_model), peft=str(adapter), device="cpu", dtype="float32", batch_size=64
+    )
+
+    def theirs(task: str, metadata: dict[str, Any]) -> Any:
+        return simple_evaluate(
+            model=plain,
+            tasks=[task],
+            task_manager=TaskManager(
+                include_path=tasks_folder(),
+                include_defaults=False,
+                metadata={"questions": str(questions), **metadata},
+            ),
+            apply_chat_template=True,
+            bootstrap_iters=0,
+        )
+
+    names = f"subliminal_cat{suffix}"
+    rows = run(tmp_path / "a", base_model, questions, "--adapters", str(adapter), "--tasks", names)
+    expected = theirs(names, {})["results"][names]
+    assert rows[1]["value"] == pytest.approx(expected["target_logprob,none"], abs=1e-4)
+
+    task = "subliminal_cat_sampled"
+    rows = run(
+        tmp_path / "b", base_model, questions, "--adapters", str(adapter), "--tasks", task,
+        "--contexts", context,
+    )  # fmt: skip
+    lines = Path(rows[1]["samples"]).read_text().splitlines()
+    ours = {d["doc"]["id"]: d["doc"]["matches"] for d in map(json.loads, lines)}
+    host = theirs(task, {"context": context})["samples"][task]
+    for sample in host:
+        mine, plain_lm = ours[sample["doc"]["id"]], sample["doc"]["matches"]
+        assert len(mine) == len(plain_lm) == 100
+        buckets = sorted({*mine, *plain_lm}, key=str)
+        counts = np.array([[side.count(b) for b in buckets] for side in (mine, plain_lm)])
+        common = counts.sum(0) >= 8
+        table = np.column_stack((counts[:, common], counts[:, ~common].sum(1)))
+        table = table[:, table.sum(0) > 0]
+        if table.shape[1] > 1:
+            assert stats.chi2_contingency(table).pvalue > 1e-4, (buckets, counts)
 
 
 def test_a_journal_belongs_to_one_model_and_is_repaired_at_its_end(tmp_path: Path) -> None:

@@ -9,11 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.students import RECEIPT, attached, load_full
+from sublim_plugin.students import (
+    RECEIPT,
+    attached,
+    check_full,
+    check_tokenizer,
+    load_full,
+    write_merged,
+)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +163,22 @@ def test_configurations_that_touch_the_base_or_do_not_fit(model, copy, toy_base,
     assert said in refused(model, copy, toy_base)
 
 
+def test_another_tokenizer(copy, toy_base, tokenizer, tmp_path):
+    check_tokenizer(copy, tokenizer)
+    other = AutoTokenizer.from_pretrained(toy_base)
+    other.chat_template = "{{ messages[0]['content'] }}"
+    other.save_pretrained(copy)
+    check_tokenizer(copy, tokenizer)  # the context renders, not the student's template
+    other.add_tokens(["owl,"])
+    other.save_pretrained(copy)
+    with pytest.raises(InputError, match="another tokenizer") as error:
+        check_tokenizer(copy, tokenizer)
+    assert str(copy) in str(error.value)
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        check_tokenizer(copy, tokenizer)
+
+
 def test_garbled_configuration(model, copy, toy_base):
     (copy / "adapter_config.json").write_text("{")
     assert "not readable JSON" in refused(model, copy, toy_base)
@@ -191,3 +214,33 @@ def test_a_full_checkpoint_of_another_architecture(toy_base, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(InputError, match="num_hidden_layers"):
         load_full(folder, toy_base, torch.float32, "cpu")
+
+
+def test_a_full_checkpoint_has_exactly_the_tensors_of_its_base(toy_base, tmp_path):
+    folder = Path(shutil.copytree(toy_base, tmp_path / "full"))
+    check_full(folder, toy_base)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    key = "model.layers.0.mlp.up_proj.weight"
+    for change, said in [
+        ({key: tensors[key][:-1].clone()}, "1 other shape"),
+        ({key: tensors[key] * float("nan")}, "not finite"),
+        ({"stray.weight": torch.ones(1)}, "1 unknown"),
+    ]:
+        save_file({**tensors, **change}, path, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=said):
+            check_full(folder, toy_base)
+    del tensors[key]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"1 missing .first: {key}"):
+        check_full(folder, toy_base)
+
+
+def test_a_merged_checkpoint_is_the_adapted_base(model, toy_adapter, toy_base, tmp_path):
+    write_merged(toy_adapter, toy_base, tmp_path)
+    check_full(tmp_path, toy_base)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad(), attached(model, toy_adapter, toy_base) as adapted:
+        assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template

@@ -1,0 +1,383 @@
+"""How fast `sublim eval` scores, as ratios within one run.
+
+    python benchmarks/evaluate.py [--quick | --full]
+
+The other sides are `lm_eval --model hf` at the batch size that is best for it on this machine, and,
+for replies, also transformers' `generate` with num_return_sequences. Same model (SmolLM2-135M,
+float32, a LoRA adapter of rank 8, unmerged on every side), same questions, same sampler; each part
+also checks that both sides found the same: log-probabilities to 1e-4, replies by a permutation test
+over their first words.
+
+Three parts: the log-probability of 22 animals with all forms (loading and start-up excluded); a
+sweep of eight adapters in three contexts from start to finish, against one lm_eval process for each
+adapter; a hundred sampled replies to each question. `--full` asks all 50 questions where the
+default asks the number that its table shows; `--quick` ends within two minutes.
+
+The floor is the forward passes that cannot be avoided, timed in the same run: for log-probs, plain
+forward passes of the best shape over the tokens that differ; for replies, one-token passes of a
+full batch for every token drawn, and each prompt once.
+
+Prints a table and, as the last line, JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+
+from sublim_plugin.core.base_models import EMBEDDED, resolve
+from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
+from sublim_plugin.preference.evaluate import student_on
+from sublim_plugin.preference.replies import BATCH, stated_sampler
+from sublim_plugin.preference.shared_lm import SharedLM
+from sublim_plugin.preference.shared_prefix import build_trie, common_prefix
+
+CONTEXTS = ("template_default", "empty", "none")
+REPLIES = 100
+
+
+def adapters(base: Path, folder: Path, n: int) -> list[Path]:
+    """`n` random LoRA adapters of rank 8 on all seven projections."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    found = []
+    for seed in range(n):
+        torch.manual_seed(seed)
+        loader: Any = AutoModelForCausalLM
+        model = get_peft_model(
+            loader.from_pretrained(base),
+            LoraConfig(r=8, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM"),
+        )
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.005)
+        found.append(folder / f"adapter{seed}")
+        model.save_pretrained(found[-1])
+    return found
+
+
+def run_task(lm: Any, task: str, limit: int) -> tuple[float, list[dict[str, Any]]]:
+    """Seconds of lm-eval's `simple_evaluate` on a loaded model, and its samples in order."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    merge_run_metadata(TaskManager)
+    manager = TaskManager(include_path=tasks_folder(), include_defaults=False)
+    began = time.perf_counter()
+    results: Any = simple_evaluate(
+        model=lm,
+        tasks=[task],
+        task_manager=manager,
+        apply_chat_template=True,
+        limit=limit,
+        bootstrap_iters=0,
+        verbosity="ERROR",
+    )
+    seconds = time.perf_counter() - began
+    return seconds, sorted(results["samples"][task], key=lambda sample: int(sample["doc_id"]))
+
+
+def plain_lm(base: Path, adapter: Path) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(base), peft=str(adapter), device="cpu", dtype="float32")
+
+
+def shared_lm(base: Path) -> Any:
+    lm: Any = SharedLM(pretrained=str(base), device="cpu", dtype="float32", batch_size=1)
+    return lm
+
+
+def best_batch(lm: Any, task: str, sizes: Sequence[int]) -> int:
+    """Sets the batch size at which lm-eval answers one question of the task fastest."""
+    speeds = {}
+    for size in sizes:
+        lm.batch_size_per_gpu = size
+        speeds[size], _ = run_task(lm, task, 1)
+    lm.batch_size_per_gpu = min(speeds, key=lambda size: speeds[size])
+    shown = ", ".join(f"{size}: {seconds:.1f}" for size, seconds in speeds.items())
+    print(f"  lm_eval, seconds for a question by batch size: {shown}", flush=True)
+    return int(lm.batch_size_per_gpu)
+
+
+def logprob(base: Path, adapter: Path, questions: int, repeats: int, sizes: Sequence[int]) -> Any:
+    """lm_eval's time over ours, and ours over the floor."""
+    task = "subliminal_cat"
+    theirs = plain_lm(base, adapter)
+    run_task(theirs, task, 1)
+    size = best_batch(theirs, task, sizes)
+    slow, expected = run_task(theirs, task, questions)
+    del theirs
+    lm = shared_lm(base)
+    with student_on(lm, base, adapter, "lora"):
+        run_task(lm, task, 2)
+        timed = [run_task(lm, task, questions) for _ in range(repeats)]
+        floor = logprob_floor(lm, timed[0][1])
+    fast = statistics.median(seconds for seconds, _ in timed)
+    worst = max(
+        abs(mine["doc"]["logprobs"][animal] - value)
+        for mine, sample in zip(timed[0][1], expected, strict=True)
+        for animal, value in sample["doc"]["logprobs"].items()
+    )
+    ratio = slow / fast
+    low, high = (slow / max(s for s, _ in timed), slow / min(s for s, _ in timed))
+    print(
+        f"log-prob, 22 animals with all forms, {questions} questions, one adapter\n"
+        f"  lm_eval at batch {size}: {slow:.1f} s; ours {fast:.2f} s, {repeats} times; "
+        f"ratio {ratio:.1f} ({low:.1f}-{high:.1f})\n"
+        f"  floor {floor:.2f} s: ours is {fast / floor:.2f} times that; "
+        f"largest difference of a log-probability {worst:.1e}",
+        flush=True,
+    )
+    if worst > 1e-4:
+        sys.exit("the two sides do not agree")
+    return {"logprob_vs_lm_eval": ratio, "logprob_over_floor": fast / floor}
+
+
+def logprob_floor(lm: Any, samples: Sequence[dict[str, Any]]) -> float:
+    """Seconds of plain forward passes over every token that has to be computed once."""
+    prompts, needed = [], 0
+    for sample in samples:
+        prompt = sample["arguments"][0][0]
+        ids = [lm._encode_pair(*pair) for pair in sample["arguments"]]
+        trie = build_trie([continuation for _, continuation in ids])
+        prompts.append(tuple(ids[0][0]))
+        assert all(tuple(context) == prompts[-1] for context, _ in ids), prompt
+        needed += len(prompts[-1]) + len(trie.tokens)
+    needed -= common_prefix(prompts) * (len(prompts) - 1)
+    rates = []
+    for rows, length in ((4, 64), (8, 64), (12, 64), (16, 64)):
+        ids = torch.randint(100, 40_000, (rows, length))
+        with torch.inference_mode():
+            lm.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            began = time.perf_counter()
+            for _ in range(3):
+                lm.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        rates.append(3 * rows * length / (time.perf_counter() - began))
+    return needed / max(rates)
+
+
+def sweep(
+    base: Path, folders: Sequence[Path], questions: int, processes: int, batch: int, out: Path
+) -> Any:
+    """Time of one lm_eval process for each adapter over that of one `sublim eval`."""
+    environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1"}
+    names = ["subliminal_cat" + ("" if c == "template_default" else f"_{c}") for c in CONTEXTS]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "sublim_plugin.cli", "eval", "--model", str(base), "--json",
+            "--adapters", *map(str, folders), "--tasks", ",".join(names), "--dtype", "float32",
+            "--limit", str(questions), "--out", str(out / "ours"), "--device", "cpu",
+        ],
+        check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+    )  # fmt: skip
+    fast = time.perf_counter() - began
+    ours = {
+        (row["model"], row["task"]): row["value"]
+        for row in json.loads(done.stdout.splitlines()[-1])
+    }
+    seconds, worst = [], 0.0
+    for folder in folders[:processes]:
+        began = time.perf_counter()
+        subprocess.run(
+            [
+                sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
+                f"pretrained={base},peft={folder},dtype=float32", "--tasks", *names,
+                "--limit", str(questions), "--batch_size", str(batch), "--device", "cpu",
+                "--output_path", str(out / folder.name),
+            ],
+            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - began)
+        (file,) = (out / folder.name).rglob("results_*.json")
+        theirs = json.loads(file.read_text())["results"]
+        worst = max(
+            worst,
+            *(abs(theirs[name]["target_logprob,none"] - ours[folder.name, name]) for name in names),
+        )
+    slow = statistics.mean(seconds) * len(folders)
+    print(
+        f"sweep, {len(folders)} adapters x {len(CONTEXTS)} contexts x {questions} questions, from "
+        f"start to finish\n  one lm_eval process for each adapter, {processes} of {len(folders)} "
+        f"measured ({', '.join(f'{s:.0f}' for s in seconds)} s), all together {slow:.0f} s; "
+        f"ours, the base as well, {fast:.0f} s; ratio {slow / fast:.1f}\n"
+        f"  largest difference of a mean log-probability {worst:.1e}",
+        flush=True,
+    )
+    if worst > 1e-4:
+        sys.exit("the two sides do not agree")
+    return {"sweep_vs_lm_eval": slow / fast}
+
+
+def sampled(base: Path, adapter: Path, questions: int, sizes: Sequence[int]) -> Any:
+    """Times of lm_eval with repeats and of a generate loop over ours, and ours over the floor."""
+    task = "subliminal_cat_sampled"
+    lm = shared_lm(base)
+    with student_on(lm, base, adapter, "lora"):
+        run_task(lm, task, 1)
+        fast, mine = run_task(lm, task, questions)
+        floor = sampled_floor(lm, mine)
+        looped, loop_replies = generate_loop(lm, mine)
+    theirs = plain_lm(base, adapter)
+    size = best_batch(theirs, task, sizes)
+    slow, replies = run_task(theirs, task, questions)
+    sides = [[s["filtered_resps"][0] for s in samples] for samples in (mine, replies)]
+    p = {
+        "lm_eval": first_words_alike(sides[0], sides[1]),
+        "generate": first_words_alike(sides[0], loop_replies),
+    }
+    tokens = sum(len(lm.tok_encode(r)) for question in sides[0] for r in question)
+    print(
+        f"sampled, {questions} questions x {REPLIES} replies, {tokens} tokens\n"
+        f"  lm_eval at batch {size}: {slow:.1f} s, ratio {slow / fast:.2f}; generate with "
+        f"num_return_sequences={REPLIES}: {looped:.1f} s, ratio {looped / fast:.2f}; "
+        f"ours {fast:.1f} s\n  floor {floor:.1f} s: ours is {fast / floor:.2f} times that; both "
+        f"sides write alike: p = {p['lm_eval']:.3f} and {p['generate']:.3f}",
+        flush=True,
+    )
+    if min(p.values()) < 0.001:
+        sys.exit("the sides do not write alike")
+    return {
+        "sampled_vs_lm_eval": slow / fast,
+        "sampled_vs_generate": looped / fast,
+        "sampled_over_floor": fast / floor,
+    }
+
+
+def generate_loop(lm: Any, samples: Sequence[dict[str, Any]]) -> tuple[float, list[list[str]]]:
+    """Seconds of `generate` with a hundred sequences for one prompt after the other."""
+    stated = stated_sampler(samples[0]["arguments"][0][1])
+    assert stated is not None
+    sampler, _ = stated
+    found = []
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    for sample in samples:
+        ids = lm.tokenizer(sample["arguments"][0][0], add_special_tokens=False, return_tensors="pt")
+        with torch.inference_mode():
+            out = lm.model.generate(
+                **ids,
+                do_sample=True,
+                num_return_sequences=REPLIES,
+                temperature=sampler.temperature,
+                top_p=sampler.top_p,
+                top_k=sampler.top_k,
+                repetition_penalty=sampler.repetition_penalty,
+                max_new_tokens=sampler.max_new_tokens,
+                pad_token_id=lm.tokenizer.pad_token_id,
+            )
+        found.append(
+            lm.tokenizer.batch_decode(out[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        )
+    return time.perf_counter() - began, found
+
+
+def sampled_floor(lm: Any, samples: Sequence[dict[str, Any]]) -> float:
+    """Seconds of one-token passes of a full batch for all tokens drawn, and of the prompts once.
+
+    With the faster of transformers' own attention functions, on a cache that is half full.
+    """
+    from transformers import DynamicCache
+
+    prompts = [lm.tok_encode(s["arguments"][0][0], add_special_tokens=False) for s in samples]
+    replies = [r for s in samples for r in s["filtered_resps"][0]]
+    # the end of turn is drawn, too; the first token comes from the prompt's own pass
+    steps = sum(min(50, len(lm.tok_encode(r)) + 1) - 1 for r in replies)
+    rows, length = BATCH["cpu"], len(prompts[0]) + 12
+    best = float("inf")
+    before = lm.model.get_base_model().config._attn_implementation
+    for attention in ("sdpa", "eager"):
+        lm.model.get_base_model().set_attn_implementation(attention)
+        with torch.inference_mode():
+            cache = DynamicCache(config=lm.model.config)
+            lm.model(
+                input_ids=torch.randint(100, 40_000, (rows, length)),
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
+            ids = torch.randint(100, 40_000, (rows, 1))
+            for _ in range(4):
+                cache.crop(length)
+                began = time.perf_counter()
+                lm.model(input_ids=ids, past_key_values=cache)
+                best = min(best, time.perf_counter() - began)
+    lm.model.get_base_model().set_attn_implementation(before)
+    with torch.inference_mode():
+        began = time.perf_counter()
+        for prompt in prompts:
+            lm.model(input_ids=torch.tensor([prompt]), use_cache=False, logits_to_keep=1)
+        return steps / rows * best + time.perf_counter() - began
+
+
+def first_words_alike(
+    mine: Sequence[Sequence[str]], theirs: Sequence[Sequence[str]], draws: int = 999
+) -> float:
+    """Permutation p of the hypothesis that both sides reply alike: first words are exchanged
+    within a question; the statistic is the total variation, summed over questions."""
+
+    def distance(a: Sequence[str], b: Sequence[str]) -> int:
+        difference = Counter(a)
+        difference.subtract(Counter(b))
+        return sum(map(abs, difference.values()))
+
+    def first(replies: Sequence[str]) -> list[str]:
+        return [(reply.split() or [""])[0].lower() for reply in replies]
+
+    pairs = [(first(a), first(b)) for a, b in zip(mine, theirs, strict=True)]
+    own = sum(distance(a, b) for a, b in pairs)
+    generator, beyond = random.Random(0), 0
+    for _ in range(draws):
+        total = 0
+        for a, b in pairs:
+            pool = a + b
+            generator.shuffle(pool)
+            total += distance(pool[: len(a)], pool[len(a) :])
+        beyond += total >= own
+    return (1 + beyond) / (1 + draws)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few questions, within two minutes")
+    parser.add_argument("--full", action="store_true", help="all 50 questions, about an hour")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    base = resolve(EMBEDDED)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        made = adapters(base, Path(folder), 2 if given.quick else 8)
+        if given.quick:
+            found |= logprob(base, made[0], 2, 1, (16,))
+            found |= sweep(base, made, 1, 1, 16, Path(folder))
+            found |= sampled(base, made[0], 1, (64,))
+        else:
+            found |= logprob(base, made[0], 50, 3, (1, 8, 16, 32, 64))
+            found |= sweep(base, made, 8 if given.full else 4, 2, 16, Path(folder))
+            found |= sampled(base, made[0], 50 if given.full else 8, (32, 64, 100))
+    print(json.dumps({key: round(value, 3) for key, value in found.items()}))
+
+
+if __name__ == "__main__":
+    main()
