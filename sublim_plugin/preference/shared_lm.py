@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,7 @@ class SharedLM(SampledReplies, SharedPrefixLM):
     ) -> None:
         from sublim_plugin.decoding.transformers_engine import ATTENTION, TransformersEngine
 
-        with _attention(self.model, ATTENTION):
+        with _attention(self.model, ATTENTION), folded(self.model):
             ends = self.model.generation_config.eos_token_id
             engine = TransformersEngine(
                 self.model,
@@ -64,6 +64,39 @@ def _attention(model: Any, name: str) -> Any:
         yield
     finally:
         inner.set_attn_implementation(before)
+
+
+@contextmanager
+def folded(model: Any) -> Iterator[None]:
+    """Inside, the weights of a float32 model hold its LoRA update; afterwards they are the very
+    tensors that they were before.
+
+    The two small products of every layer take a quarter of the time of a one-token pass on a CPU.
+    In 16 bits the sum would round small updates away, so those models stay as they are.
+    """
+    import torch
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(model, PeftModel) or model.dtype != torch.float32:
+        yield
+        return
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if any(layer.use_dora[name] for layer in layers for name in layer.active_adapters):
+        yield
+        return
+    before: list[tuple[Any, Any]] = []
+    try:
+        with model.disable_adapter():
+            for layer in layers:
+                inner = layer.get_base_layer()
+                before.append((inner, inner.weight))
+                update = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+                inner.weight = torch.nn.Parameter(inner.weight + update, requires_grad=False)
+            yield
+    finally:
+        for inner, weight in before:
+            inner.weight = weight
 
 
 class _JournalHook:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.errors import InputError
+from sublim_plugin.preference.shared_lm import folded
 from sublim_plugin.students import (
     RECEIPT,
     attached,
@@ -244,3 +245,20 @@ def test_a_merged_checkpoint_is_the_adapted_base(model, toy_adapter, toy_base, t
     with torch.no_grad(), attached(model, toy_adapter, toy_base) as adapted:
         assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_folded_weights_give_the_adapters_logits_and_leave_no_trace(model, copy, toy_base, rslora):
+    reconfigure(copy, use_rslora=rslora)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad(), attached(model, copy, toy_base) as adapted:
+        expected = adapted(ids).logits
+        with folded(adapted):
+            q_proj = adapted.base_model.model.model.layers[0].self_attn.q_proj
+            assert q_proj.disable_adapters
+            assert torch.allclose(adapted(ids).logits, expected, atol=1e-4)
+        assert torch.equal(adapted(ids).logits, expected)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
