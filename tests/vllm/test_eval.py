@@ -79,7 +79,7 @@ def students(base: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactor
 
 def replies(
     base: Path, students: list[Path], questions: Path, out: Path, *more: str
-) -> dict[str, list[str]]:
+) -> dict[str, list[list[str]]]:
     done = CliRunner().invoke(
         main,
         [
@@ -92,16 +92,17 @@ def replies(
     found = {}
     for row in json.loads(done.stdout.splitlines()[-1]):
         (sample,) = [json.loads(line) for line in Path(row["samples"]).read_text().splitlines()]
-        found[row["model"]] = [reply.split()[0] for reply in sample["filtered_resps"][0]]
+        found[row["model"]] = [reply.split()[:8] for reply in sample["filtered_resps"][0]]
     return found
 
 
-def p_alike(mine: list[str], theirs: list[str], draws: int = 1999) -> float:
-    """Permutation p of the hypothesis that both lists are drawn alike (total variation)."""
+def p_alike(mine: list[list[str]], theirs: list[list[str]], draws: int = 1999) -> float:
+    """Permutation p of the hypothesis that both sides' replies are drawn alike, by the total
+    variation of their first words, each at its place."""
 
-    def distance(a: list[str], b: list[str]) -> int:
-        difference = Counter(a)
-        difference.subtract(Counter(b))
+    def distance(a: list[list[str]], b: list[list[str]]) -> int:
+        difference = Counter(pair for reply in a for pair in enumerate(reply))
+        difference.subtract(Counter(pair for reply in b for pair in enumerate(reply)))
         return sum(map(abs, difference.values()))
 
     generator, pool, own = random.Random(0), mine + theirs, distance(mine, theirs)
