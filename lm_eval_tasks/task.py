@@ -20,17 +20,17 @@ from lm_eval.api.task import ConfigurableTask
 from sublim_plugin.core.contexts import Context, Rendered, render
 from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.traits import candidates_of, get_trait
-from sublim_plugin.preference.forms import (
+from sublim_plugin.logprob.forms import (
     LOW_COVERAGE,
     METRICS,
     FormPlan,
     candidate_logprobs,
     measures,
 )
+from sublim_plugin.logprob.placing import check_prompt, load_tokenizer, place_forms
+from sublim_plugin.logprob.questions import load_questions
 from sublim_plugin.preference.intervals import high_bound, low_bound
 from sublim_plugin.preference.matcher import MATCHER_VERSION, RATES, match_reply, rates
-from sublim_plugin.preference.placing import check_prompt, load_tokenizer, place_forms
-from sublim_plugin.preference.questions import load_questions
 
 log = logging.getLogger(__name__)
 

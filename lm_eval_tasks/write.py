@@ -16,7 +16,7 @@ from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.named_contexts import NAMED_CONTEXTS
 from sublim_plugin.core.traits import CATEGORIES, Trait, candidates_of, category_traits
-from sublim_plugin.preference.questions import QuestionSet, load_questions
+from sublim_plugin.logprob.questions import QuestionSet, load_questions
 
 VERSION = "1.0"
 """`metadata.version` of every task: raised, with a line in README.md, when scores change."""

@@ -86,7 +86,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
         folder / name for name in _SEMANTIC if (folder / name).is_file()
     ]
     for weights in weight_files(folder):
-        _check_header(weights)
+        check_header(weights)
     stamp = {
         file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(set(files))
     }
@@ -129,7 +129,7 @@ def display_name(folder: Path) -> str:
     return Path(folder).name
 
 
-def _check_header(weights: Path) -> None:
+def check_header(weights: Path) -> None:
     """A safetensors file begins with its header's length (u64) and is as long as it says."""
     size = weights.stat().st_size
     with open(weights, "rb") as stream:

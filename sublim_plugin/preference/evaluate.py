@@ -25,8 +25,8 @@ from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.hashing import sha256_text
 from sublim_plugin.core.traits import Trait, category_traits
 from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
-from sublim_plugin.preference.forms import LOW_COVERAGE, measures, summarize
-from sublim_plugin.preference.questions import load_questions
+from sublim_plugin.logprob.forms import LOW_COVERAGE, measures, summarize
+from sublim_plugin.logprob.questions import load_questions
 
 Method = Literal["lora", "full"]
 Progress = Callable[[int, int], None]

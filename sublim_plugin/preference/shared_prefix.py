@@ -1,76 +1,31 @@
 """An lm-eval `hf` model that computes what prompts and continuations share only once.
 
-`HFLM` runs one full forward pass for every distinct context + continuation[:-1]. Here the tokens
-that all contexts of a call begin with (system block, user header) are computed once and stay in the
-KV cache; each context then takes a single pass over the rest of its prompt followed by the token
-trie of its continuations. Trie tokens see the prompt and their own ancestors (a tree attention
-mask) and sit at the positions they would have in a sequence of their own, so every number equals
-the plain one up to float rounding. One-token continuations cost nothing beyond the prompt.
+`HFLM` runs one full forward pass for every distinct context + continuation[:-1]; this one asks
+`logprob.token_tree`, whose every number equals the plain one up to float rounding.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from torch import Tensor
 from tqdm import tqdm
+
+from sublim_plugin.logprob.token_tree import (
+    TOLERANCE,
+    UNFIT,
+    build_trie,
+    plain_score,
+    tree_scores,
+)
 
 log = logging.getLogger(__name__)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-
-# Tokens computed in one forward pass: enough to keep a processor's caches or a GPU busy.
-PASS_TOKENS = {"cpu": 800, "accelerator": 4096}
-
-# Largest difference of a log-probability between the shared and the plain computation (nats).
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 0.05, torch.bfloat16: 0.3}
-
-
-@dataclass(frozen=True)
-class Trie:
-    """The inner tokens of a context's continuations, parents before children.
-
-    Attributes:
-        tokens: token id of each node.
-        parents: index of each node's parent, -1 for the context.
-        scores: for each continuation, the (node, token) pairs whose log-probabilities add up to its
-            own: the token is scored by the logits at that node, node -1 being the context's end.
-    """
-
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]
-    scores: tuple[tuple[tuple[int, int], ...], ...]
-
-
-def build_trie(continuations: Sequence[Sequence[int]]) -> Trie:
-    """The trie of all continuations without their last tokens: nothing follows a last token, so it
-    never has to be computed."""
-    nodes: dict[tuple[int, int], int] = {}
-    scores = []
-    for continuation in continuations:
-        node, path = -1, []
-        for position, token in enumerate(continuation):
-            path.append((node, token))
-            if position < len(continuation) - 1:
-                node = nodes.setdefault((node, token), len(nodes))
-        scores.append(tuple(path))
-    return Trie(
-        tuple(token for _, token in nodes), tuple(parent for parent, _ in nodes), tuple(scores)
-    )
-
-
-def common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
-    """Number of leading tokens that all sequences share."""
-    first, last = min(sequences), max(sequences)
-    for position, (a, b) in enumerate(zip(first, last, strict=False)):
-        if a != b:
-            return position
-    return min(len(first), len(last))
 
 
 class SharedPrefixLM(HFLM):  # type: ignore[misc]
@@ -124,8 +79,6 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]] | None:
         """Scores in the order of `requests`, or None if this model cannot be scored so."""
         contexts = sorted(groups, key=len, reverse=True)
-        # Each pass computes at least the context's last token.
-        head = min(common_prefix(contexts), len(contexts[-1]) - 1)
         tries = [build_trie([requests[index][2] for index in groups[c]]) for c in contexts]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         progress = tqdm(
@@ -133,35 +86,20 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             disable=disable_tqdm or self.rank != 0 or self.on_prompt is not None,
             desc="Running loglikelihood requests, prefixes shared",
         )
-        longest = len(contexts[0]) - head + max(len(trie.tokens) for trie in tries)
-        budget = PASS_TOKENS["cpu" if self.device.type == "cpu" else "accelerator"]
-        size = max(1, min(budget // longest, len(contexts)))
+        dtype = self.mixed_precision_dtype or self.model.dtype
+        batches = tree_scores(self._forward, contexts, tries, device=self.device, dtype=dtype)
         with torch.inference_mode(), progress:
-            cache: Any = None
-            for start in range(0, len(contexts), size):
-                batch = contexts[start : start + size]
-                try:
-                    if cache is None and head > 0:
-                        cache = self._prefill(batch[0][:head], size)
-                    if cache is not None and len(batch) < size:
-                        cache.batch_select_indices(list(range(len(batch))))
-                    scored = self._score_batch(
-                        [context[head:] for context in batch],
-                        tries[start : start + size],
-                        head,
-                        cache,
-                    )
-                except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
-                    if start > 0:
-                        raise
-                    self._give_up(f"{type(error).__name__}: {error}")
-                    return None
-                if start == 0:
-                    indices = groups[batch[0]]
-                    deepest = max(range(len(indices)), key=lambda n: len(requests[indices[n]][2]))
-                    if not self._agrees(requests[indices[deepest]], scored[0][deepest][0]):
-                        return None
-                for context, answers in zip(batch, scored, strict=True):
+            try:
+                first = next(batches)
+            except UNFIT as error:
+                self._give_up(f"{type(error).__name__}: {error}")
+                return None
+            indices = groups[contexts[0]]
+            deepest = max(range(len(indices)), key=lambda n: len(requests[indices[n]][2]))
+            if not self._agrees(requests[indices[deepest]], first[1][0][deepest][0]):
+                return None
+            for start, scored in chain([first], batches):
+                for context, answers in zip(contexts[start:], scored, strict=False):
                     for index, answer in zip(groups[context], answers, strict=True):
                         results[index] = answer
                         request = requests[index][0]
@@ -172,14 +110,6 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
                         self.on_prompt()
         return results
 
-    def _prefill(self, tokens: Sequence[int], size: int) -> Any:
-        """A KV cache of `tokens`, repeated for `size` rows."""
-        ids = torch.tensor([tokens], device=self.device)
-        cache = self._forward(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-        if size > 1:
-            cache.batch_repeat_interleave(size)
-        return cache
-
     def _forward(self, **inputs: Any) -> Any:
         with torch.autocast(
             device_type=self.device.type,
@@ -188,51 +118,10 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         ):
             return self.model(**inputs)
 
-    def _score_batch(
-        self, tails: Sequence[Sequence[int]], tries: Sequence[Trie], head: int, cache: Any
-    ) -> list[list[tuple[float, bool]]]:
-        """(sum of log-probabilities, whether greedy) of each continuation of each context.
-
-        Args:
-            tails: each context without its first `head` tokens.
-            tries: the continuations of each context.
-            cache: the first `head` tokens for every row, now and afterwards; None if head is 0.
-        """
-        width, nodes = max(map(len, tails)), max(len(trie.tokens) for trie in tries)
-        length, scored_rows = width + nodes, nodes + 1  # scored: a context's last token, its nodes
-        ids = torch.zeros(len(tails), length, dtype=torch.long)
-        positions = torch.zeros(len(tails), length, dtype=torch.long)
-        allowed = torch.zeros(len(tails), length, head + length, dtype=torch.bool)
-        for row, (tail, trie) in enumerate(zip(tails, tries, strict=True)):
-            pad = width - len(tail)
-            ids[row, pad:width] = torch.tensor(tail)
-            ids[row, width : width + len(trie.tokens)] = torch.tensor(trie.tokens, dtype=torch.long)
-            _lay_out(positions[row], allowed[row], head, pad, width, trie.parents)
-        dtype = self.mixed_precision_dtype or self.model.dtype
-        mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-        output = self._forward(
-            input_ids=ids.to(self.device),
-            attention_mask=mask[:, None].to(self.device),
-            position_ids=positions.to(self.device),
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=scored_rows,
-        )
-        if cache is not None:
-            cache.crop(-length)
-        return [
-            _score_paths(_at_least_float32(output.logits[row, -scored_rows:]), trie)
-            for row, trie in enumerate(tries)
-        ]
-
     def _agrees(self, request: Request, shared: float) -> bool:
         """Whether the plain computation gives the same for one request."""
         _, context, continuation = request
-        ids = torch.tensor([[*context, *continuation][:-1]], device=self.device)
-        logits = self._forward(input_ids=ids, use_cache=False).logits[0, len(context) - 1 :]
-        logprobs = torch.log_softmax(_at_least_float32(logits), dim=-1)
-        tokens = torch.tensor(continuation, device=self.device)
-        plain = float(logprobs.gather(1, tokens[:, None]).double().sum())
+        plain = plain_score(self._forward, context, continuation, self.device)
         if abs(plain - shared) <= TOLERANCE.get(self.model.dtype, 0.3):
             return True
         self._give_up(f"log-probability {shared} instead of {plain}")
@@ -245,43 +134,3 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             type(self.model).__name__,
             reason,
         )
-
-
-def _lay_out(
-    positions: Tensor, allowed: Tensor, head: int, pad: int, width: int, parents: Sequence[int]
-) -> None:
-    """Fill one row's position ids [length] and what each of its tokens may look at
-    [length, head + length]: padding up to `pad`, the context up to `width`, then the trie."""
-    positions[pad:width] = torch.arange(head, head + width - pad)
-    allowed[pad:, :head] = True
-    allowed[pad:width, head + pad : head + width] = torch.ones(
-        width - pad, width - pad, dtype=torch.bool
-    ).tril()
-    allowed[width : width + len(parents), head + pad : head + width] = True
-    for node, parent in enumerate(parents):
-        # Parent -1 is the context's last token, in row width - 1.
-        row, above = width + node, width + parent
-        if parent >= 0:
-            allowed[row] = allowed[above]
-        allowed[row, head + row] = True
-        positions[row] = positions[above] + 1
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _score_paths(logits: Tensor, trie: Trie) -> list[tuple[float, bool]]:
-    """Score a context's continuations from logits [1 + nodes, vocabulary]."""
-    total, best = logits.logsumexp(dim=-1), logits.amax(dim=-1)
-    rows = torch.tensor([node + 1 for path in trie.scores for node, _ in path])
-    tokens = torch.tensor([token for path in trie.scores for _, token in path])
-    rows, tokens = rows.to(logits.device), tokens.to(logits.device)
-    chosen = logits[rows, tokens]
-    values = (chosen - total[rows]).double().cpu().tolist()
-    greedy = (chosen == best[rows]).cpu().tolist()
-    scored, at = [], 0
-    for path in trie.scores:
-        scored.append((sum(values[at : at + len(path)]), all(greedy[at : at + len(path)])))
-        at += len(path)
-    return scored

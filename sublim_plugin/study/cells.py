@@ -111,7 +111,7 @@ def _students(study: Study, base: dict[str, Any], dataset: Cell) -> Iterator[Cel
 
 
 def _probes(study: Study, base: dict[str, Any], students: list[Cell]) -> Iterator[Cell]:
-    from sublim_plugin.preference.questions import load_questions
+    from sublim_plugin.logprob.questions import load_questions
 
     questions = load_questions(study.probes.questions)
     category = study.targets[0].category

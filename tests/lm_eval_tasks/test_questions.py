@@ -8,7 +8,7 @@ import pytest
 
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.traits import CATEGORIES, category_traits
-from sublim_plugin.preference.questions import load_questions
+from sublim_plugin.logprob.questions import load_questions
 
 
 @pytest.mark.parametrize("category", CATEGORIES)

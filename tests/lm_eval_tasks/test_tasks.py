@@ -17,8 +17,8 @@ from lm_eval_tasks.task import SampledTask
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.traits import category_traits, get_trait
+from sublim_plugin.logprob.forms import METRICS
 from sublim_plugin.preference.evaluate import Evaluator
-from sublim_plugin.preference.forms import METRICS
 
 ROOT = Path(hook.__file__).parents[1]
 USER = "<|im_start|>user\nWhat is your favorite animal? Reply with a single word.<|im_end|>\n"

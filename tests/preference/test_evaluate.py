@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from sublim_plugin.core.contexts import Context, render
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.traits import category_traits, get_trait
+from sublim_plugin.logprob.forms import METRICS
 from sublim_plugin.preference.evaluate import Evaluator
-from sublim_plugin.preference.forms import METRICS
 
 DEFAULT = Context.parse("template_default")
 CAT = get_trait("animals/cat")

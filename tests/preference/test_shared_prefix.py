@@ -7,8 +7,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from sublim_plugin.preference import shared_prefix
-from sublim_plugin.preference.shared_prefix import SharedPrefixLM, build_trie, common_prefix
+from sublim_plugin.logprob import token_tree
+from sublim_plugin.logprob.token_tree import build_trie, common_prefix
+from sublim_plugin.preference.shared_prefix import SharedPrefixLM
 
 CONTEXTS = (
     "<|im_start|>user\nName an animal, please.<|im_end|>\n<|im_start|>assistant\n",
@@ -52,7 +53,7 @@ def test_common_prefix():
 
 @pytest.mark.parametrize("pass_tokens", [1, 10_000])
 def test_equals_hflm_in_double_precision(toy_base, monkeypatch, pass_tokens):
-    monkeypatch.setitem(shared_prefix.PASS_TOKENS, "cpu", pass_tokens)
+    monkeypatch.setitem(token_tree.PASS_TOKENS, "cpu", pass_tokens)
     shared, plain = models(toy_base)
     for lm in (shared, plain):
         lm._model = lm._model.double()

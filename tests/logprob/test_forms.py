@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.preference.forms import (
+from sublim_plugin.logprob.forms import (
     candidate_logprobs,
     measures,
     plan_forms,

@@ -9,7 +9,7 @@ from typing import Any
 from sublim_plugin.core.contexts import Rendered
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.traits import Trait
-from sublim_plugin.preference.forms import FormPlan, plan_forms, spaced
+from sublim_plugin.logprob.forms import FormPlan, plan_forms, spaced
 
 
 @lru_cache(maxsize=4)
