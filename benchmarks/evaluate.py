@@ -45,10 +45,10 @@ import torch
 
 from sublim_plugin.core.base_models import EMBEDDED, resolve
 from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
+from sublim_plugin.logprob.token_tree import build_trie, common_prefix
 from sublim_plugin.preference.evaluate import student_on
 from sublim_plugin.preference.replies import BATCH, stated_sampler
 from sublim_plugin.preference.shared_lm import SharedLM
-from sublim_plugin.logprob.token_tree import build_trie, common_prefix
 
 CONTEXTS = ("template_default", "empty", "none")
 REPLIES = 100
