@@ -205,9 +205,17 @@ def evaluate(
 
     MORE are further folders after --adapters: --adapters A B C.
     """
+    # Bars that the hosts draw without being asked; ours ask.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import logging
+    import warnings
+
     from sublim_plugin.core.base_models import resolve
     from sublim_plugin.core.contexts import Context
     from sublim_plugin.preference import score
+
+    warnings.filterwarnings("ignore", module="bitsandbytes")  # what PEFT imports, and we never use
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     base = resolve(model)
     asked = [Context.parse(c) for c in contexts.split(",")] if contexts else [None]
@@ -223,7 +231,7 @@ def evaluate(
             asked,
             questions=questions,
             limit=limit,
-            progress=sys.stderr.isatty(),
+            said=lambda line: click.echo(line, err=True),
         )
         new = [
             row

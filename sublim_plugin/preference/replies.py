@@ -91,7 +91,7 @@ class SampledReplies:
             initial=len(prompts) - len(asked),
             desc="replies",
             unit="reply",
-            disable=disable_tqdm or self.rank != 0,
+            disable=disable_tqdm or self.rank != 0 or None,  # None: no bar without a terminal
         ) as bar:
 
             def keep(index: int, reply: Reply) -> None:

@@ -168,10 +168,10 @@ class Scorer:
         *,
         questions: str | None,
         limit: int | None,
-        progress: bool,
+        said: Callable[[str], None],
     ) -> list[tuple[str, dict[str, Any], Path]]:
         """(context, lm-eval's results, folder) of one model, one of each context; None is a task's
-        own context.
+        own context. `said` is told of each that is done.
 
         Raises InputError for a student, task or context that does not fit, RunError for a number
         that is not finite. BusyError where another process scores the same model there.
@@ -184,9 +184,10 @@ class Scorer:
             self.lm.journal = Journal(folder / "journal.jsonl", one.identity)
             for context in contexts:
                 name = "as_named" if context is None else context.slug
-                results = self._run(tasks, context, questions, limit, progress)
+                results = self._run(tasks, context, questions, limit)
                 _write(folder / name, results)
                 found.append((name, results, folder / name))
+                said(f"{one.name}, {name}: done, {len(found)} of {len(contexts)}")
         return found
 
     def _run(
@@ -195,11 +196,12 @@ class Scorer:
         context: Context | None,
         questions: str | None,
         limit: int | None,
-        progress: bool,
     ) -> dict[str, Any]:
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator, simple_evaluate
         from lm_eval.tasks import TaskManager
 
+        # it runs git in the working folder, which complains on the terminal where none is there
+        evaluator.get_git_commit_hash = lambda: None
         merge_run_metadata(TaskManager)
         metadata: dict[str, Any] = {}
         if context is not None:
@@ -222,7 +224,7 @@ class Scorer:
             apply_chat_template=True,
             limit=limit,
             bootstrap_iters=0,
-            verbosity=None if progress else "ERROR",
+            verbosity="ERROR",
         )
         return results
 

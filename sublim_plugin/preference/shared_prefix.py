@@ -83,7 +83,9 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         progress = tqdm(
             total=len(requests),
-            disable=disable_tqdm or self.rank != 0 or self.on_prompt is not None,
+            disable=(
+                True if disable_tqdm or self.rank != 0 or self.on_prompt is not None else None
+            ),
             desc="Running loglikelihood requests, prefixes shared",
         )
         dtype = self.mixed_precision_dtype or self.model.dtype
