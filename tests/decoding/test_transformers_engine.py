@@ -119,7 +119,7 @@ def test_rows_of_one_prompt_share_its_computation(toy: Path, tokenizer: Any) -> 
     handle.remove()
 
 
-@pytest.mark.parametrize("constrained", [True, False])
+@pytest.mark.parametrize("constrained", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_real_model_replies_do_not_depend_on_batch_mates(
     base_model: Path, tokenizer: Any, constrained: bool
 ) -> None:
