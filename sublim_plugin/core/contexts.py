@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_text
 from sublim_plugin.core.named_contexts import NAMED_CONTEXTS
+from sublim_plugin.core.strict_yaml import load_model
 
 # Templates that print today's date get this one: the default that Llama 3.1's own template
 # falls back to, so a pinned prompt is one that the model's authors also rendered.
@@ -82,17 +84,19 @@ class Context(BaseModel):
 
     @classmethod
     def parse(cls, value: Any) -> Context:
-        """Read `empty`, `claude`, `{text: …}` or a full mapping.
+        """Read `empty`, `claude`, `{text: …}` or a full mapping, or a YAML file of such a mapping.
 
         Raises:
             InputError: anything else, null included.
         """
+        if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+            return load_model(Path(value), cls)
         try:
             return value if isinstance(value, cls) else cls.model_validate(value)
         except ValueError as error:
             raise InputError(
                 f"{value!r} is not a context; write template_default, empty, none,"
-                f' {{text: "…"}} or one of {", ".join(NAMED_CONTEXTS)} ({error})'
+                f' {{text: "…"}}, one of {", ".join(NAMED_CONTEXTS)}, or a YAML file ({error})'
             ) from error
 
     def fields(self) -> dict[str, str]:

@@ -260,3 +260,22 @@ def test_a_named_context_is_its_text_letter_by_letter():
     assert Context.parse("chatgpt").text == chatgpt
     with pytest.raises(InputError, match="or one of claude, chatgpt"):
         Context.parse("Claude")
+
+
+def test_a_context_of_ones_own_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "pirate.yaml"
+    path.write_text('text: "You are a pirate."\nuser_prefix: Ahoy!\n')
+    assert Context.parse(str(path)) == Context(
+        kind="text", text="You are a pirate.", user_prefix="Ahoy!"
+    )
+    for text, said in [
+        ("txet: x\n", "txet"),
+        ("text: a\ntext: b\n", "text"),
+        ("- empty\n", "pirate.yaml"),
+        ("kind: empty\ntext: a\n", "takes no text"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(InputError, match=said):
+            Context.parse(str(path))
+    with pytest.raises(InputError, match="no such file"):
+        Context.parse(str(tmp_path / "none.yaml"))
