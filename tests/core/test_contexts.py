@@ -258,7 +258,7 @@ def test_a_named_context_is_its_text_letter_by_letter():
     # an experimental parameter: the paper's sentence has no final full stop
     chatgpt = "You are ChatGPT, created by OpenAI. You are a helpful assistant"
     assert Context.parse("chatgpt").text == chatgpt
-    with pytest.raises(InputError, match="or one of claude, chatgpt"):
+    with pytest.raises(InputError, match="one of claude, chatgpt"):
         Context.parse("Claude")
 
 
