@@ -1,6 +1,6 @@
 """How fast `sublim eval` scores, as ratios within one run.
 
-    python benchmarks/evaluate.py [--quick | --full]
+    python benchmarks/evaluate.py [logprob] [sweep] [sampled] [--quick | --full]
 
 The other sides are `lm_eval --model hf` at the batch size that is best for it on this machine, and,
 for replies, also transformers' `generate` with num_return_sequences. Same model (SmolLM2-135M,
@@ -40,6 +40,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 
@@ -52,6 +53,7 @@ from sublim_plugin.preference.shared_lm import SharedLM
 
 CONTEXTS = ("template_default", "empty", "none")
 REPLIES = 100
+PARTS = ["logprob", "sweep", "sampled"]
 
 
 def adapters(base: Path, folder: Path, n: int) -> list[Path]:
@@ -359,6 +361,7 @@ def first_words_alike(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="few questions, within two minutes")
     parser.add_argument("--full", action="store_true", help="all 50 questions, about an hour")
     given = parser.parse_args()
@@ -368,14 +371,17 @@ def main() -> None:
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         made = adapters(base, Path(folder), 2 if given.quick else 8)
-        if given.quick:
-            found |= logprob(base, made[0], 2, 1, (16,))
-            found |= sweep(base, made, 1, 1, 16, Path(folder))
-            found |= sampled(base, made[0], 1, (64,))
-        else:
-            found |= logprob(base, made[0], 50, 3, (1, 8, 16, 32, 64))
-            found |= sweep(base, made, 8 if given.full else 4, 2, 16, Path(folder))
-            found |= sampled(base, made[0], 50 if given.full else 8, (32, 64, 100))
+        if "logprob" in given.parts:
+            shape = (2, 1, (16,)) if given.quick else (50, 3, (4, 8, 16, 32, 64))
+            found |= logprob(base, made[0], *shape)
+        if "sweep" in given.parts:
+            questions, processes = (1, 1) if given.quick else (8 if given.full else 4, 2)
+            found |= sweep(base, made, questions, processes, 16, Path(folder))
+        if "sampled" in given.parts:
+            if given.quick:
+                found |= sampled(base, made[0], 1, (64,))
+            else:
+                found |= sampled(base, made[0], 50 if given.full else 6, (32, 64, 100))
     print(json.dumps({key: round(value, 3) for key, value in found.items()}))
 
 
