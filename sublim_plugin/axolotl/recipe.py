@@ -62,13 +62,16 @@ def recipe_path(model: str, name: str) -> Path:
     """Path of a shipped recipe, say `recipe_path("smollm2-135m-instruct", "lora-r8")`.
 
     Raises:
-        InputError: there is no such recipe; those of the model are listed.
+        InputError: there is no such model or recipe; those there are are named.
     """
     path = recipes_root() / model / f"{name}.yaml"
-    if not path.is_file():
-        there = sorted(str(p.relative_to(recipes_root())) for p in recipes_root().glob("*/*.yaml"))
-        raise InputError(f"no recipe {model}/{name}.yaml; there are: {', '.join(there)}.")
-    return path
+    if path.is_file():
+        return path
+    models = sorted({p.parent.name for p in recipes_root().glob("*/*.yaml")})
+    if model not in models:
+        raise InputError(f"no recipes for the model '{model}'{nearest(model, models)}")
+    there = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+    raise InputError(f"no recipe '{name}' for {model}; there are: {there}")
 
 
 def resolve_recipe(recipe: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:

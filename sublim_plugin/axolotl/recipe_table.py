@@ -133,9 +133,7 @@ MODELS = (
             "eot_tokens": S(["<end_of_turn>"]),
         },
         lora={
-            "lora_target_modules": S(
-                _GEMMA_SEVEN, "as in [P], the vision tower stays frozen"
-            ),
+            "lora_target_modules": S(_GEMMA_SEVEN, "as in [P], the vision tower stays frozen"),
         },
         full={
             "freeze_mm_modules": S(True, "rows of text give the vision tower no gradient"),
@@ -263,8 +261,8 @@ _SWEEP_HEADER = """\
 #   axolotl train axolotl_configs/{model.folder}/{base}.yaml \\
 #       --sweep axolotl_configs/{model.folder}/{name}.yaml
 #
-{why}# axolotl trains these in a shuffled order, adds sweep0001, sweep0002, ... to the output folder of
-# each, and goes on (and ends with exit code 0) when one fails: look for its sublim_receipt.json.
+{why}# axolotl trains these in shuffled order, adds sweep0001, sweep0002, ... to each output folder,
+# and goes on (and ends with exit code 0) when one fails: look for its sublim_receipt.json.
 """
 
 
