@@ -53,9 +53,9 @@ def _check_output_folders(documents: Sequence[Document]) -> None:
     first: dict[Path, Document] = {}
     for document in documents:
         data = document.data
-        if not isinstance(data, dict) or is_sweep(data):
+        if not isinstance(data, dict) or is_sweep(data) or not data.get("output_dir"):
             continue
-        folder = Path(str(data.get("output_dir") or "./model-out"))
+        folder = Path(str(data["output_dir"]))
         if folder in first:
             other = first[folder]
             what = f"{folder} is also the folder of {other.path}:{other.line(('output_dir',))}"

@@ -88,11 +88,12 @@ class Document:
     def reading(self, place: Place, value: Any) -> str:
         """' (YAML reads `no` as false)', where what was read is not what was written."""
         text = self.written.get(place)
-        if text is None or isinstance(value, str) or text == str(value):
+        if text is None:
             return ""
-        if isinstance(value, bool) and text.lower() not in ("true", "false"):
-            return f" (YAML reads `{text}` as {str(value).lower()})"
-        if isinstance(value, bool | int | float | None):
+        if isinstance(value, bool):
+            plain = text.lower() in ("true", "false")
+            return "" if plain else f" (YAML reads `{text}` as {str(value).lower()})"
+        if isinstance(value, str | int | float | None):
             return ""
         return f" (YAML reads `{text}` as a {type(value).__name__})"
 

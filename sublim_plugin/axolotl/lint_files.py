@@ -26,6 +26,8 @@ _DEEPSPEED_KEYS = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "max_grad_norm",
 }
+# Modules beside axolotl's prompt strategies that are none.
+_NO_STRATEGIES = ("__init__", "__pycache__", "base", "jinja_template_analyzer")
 _TURNS = [
     {"role": "user", "content": "usrsentinel"},
     {"role": "assistant", "content": "rplysentinel"},
@@ -101,7 +103,7 @@ def _check_dataset_type(document: Document, place: Place, entry: Mapping[str, An
     kind = {"ipo": "dpo", "simpo": "dpo"}.get(str(rl), str(rl))
     if rl and (folder / kind).is_dir():
         folder /= kind
-    ours = [path.stem for path in folder.iterdir() if not path.name.startswith("__")]
+    ours = [path.stem for path in folder.iterdir() if path.stem not in _NO_STRATEGIES]
     first = name.split(".")[0].split(":")[0]
     if first in (*ours, "_synthetic"):
         return
@@ -114,8 +116,11 @@ def _check_dataset_type(document: Document, place: Place, entry: Mapping[str, An
         return
     near = difflib.get_close_matches(first, valid, n=1, cutoff=0.6)
     way_out = f"did you mean `{near[0]}`?" if near else f"valid: {', '.join(sorted(valid))}"
-    what = f"`{name}` is no dataset type that axolotl has, nor a module here"
-    document.add("error", (*place, "type"), what, way_out)
+    what = f"`{name}` is no dataset type that axolotl has, nor a module that this Python finds"
+    level: Level = "error"
+    if "." in name and not near:
+        level, way_out = "note", "put the folder of your module on PYTHONPATH"
+    document.add(level, (*place, "type"), what, way_out)
 
 
 def _importable(package: str) -> bool:

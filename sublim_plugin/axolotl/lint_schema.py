@@ -194,7 +194,7 @@ def _check_scalar(
         return
     try:
         _adapter(annotation).validate_python(value)
-    except ValidationError:
+    except Exception:  # axolotl's own validators fail in other ways too
         _wrong_type(document, value, annotation, place)
         return
     if numeric and (text := document.text_number(place)) is not None:
@@ -313,7 +313,8 @@ def _near_choice(value: str, annotation: Any) -> str | None:
 def check_as_axolotl_does(document: Document, model: type[BaseModel]) -> None:
     """Add what axolotl's own validation refuses and the checks of keys and types did not see."""
     data = copy.deepcopy(document.data)
-    for index, entry in enumerate(data.get("datasets") or []):
+    entries = data.get("datasets")
+    for index, entry in enumerate(entries if isinstance(entries, list) else []):
         if isinstance(entry, dict):
             chosen = _chosen(document, entry, [], ("datasets", index))
             try:
@@ -350,8 +351,9 @@ def _add_refusal(document: Document, place: Place, error: Exception) -> None:
 
 
 def _named_key(document: Document, message: str) -> Place | None:
-    """The first key of the file that a message names."""
-    for word in re.findall(r"[A-Za-z_][A-Za-z0-9_]+", message):
-        if (word,) in document.lines:
-            return (word,)
-    return None
+    """The first key of the file that a message names, or else the key of a value that it names."""
+    words = re.findall(r"[A-Za-z_][A-Za-z0-9_]+", message)
+    keys = [word for word in words if (word,) in document.lines]
+    values = {str(value): key for key, value in document.data.items() if isinstance(value, str)}
+    keys += [values[word] for word in words if word in values]
+    return (keys[0],) if keys else None

@@ -42,7 +42,9 @@ def list_recipes(as_json: bool) -> None:
 
 def _order(path: Path) -> tuple[str, str, int]:
     kind, _, rank = path.stem.partition("-r")
-    return (path.parent.name, kind, int(rank)) if rank.isdigit() else (*path.parts[-2:], 0)
+    if rank.isdigit():
+        return path.parent.name, kind, int(rank)
+    return path.parent.name, path.stem, 0
 
 
 def _row(path: Path) -> dict[str, Any]:
@@ -88,15 +90,14 @@ def copy(recipe: str, dest: Path, dataset: Path | None) -> None:
     text = text.replace(f"axolotl_configs/{source.parent.name}/{source.name}", str(target))
     if dataset is not None:
         if PLACEHOLDER not in text:
-            raise InputError(
-                f"--dataset: {recipe} names no dataset; give it to the recipe it sweeps"
-            )
+            raise InputError(f"--dataset: {recipe} names no dataset; its header says which does")
         if not dataset.exists():
             raise InputError(f"--dataset {dataset}: no such file or folder")
         text = text.replace(PLACEHOLDER, json.dumps(str(dataset.resolve()), ensure_ascii=False))
     write_text(target, text)
-    left = "" if PLACEHOLDER not in text else f"; set datasets[0].path in it ({PLACEHOLDER})"
-    click.echo(f"{target}{left}", err=bool(left))
+    click.echo(str(target))
+    if PLACEHOLDER in text:
+        click.echo(f"set datasets[0].path in it, which is still {PLACEHOLDER}", err=True)
 
 
 @recipes.command()
@@ -118,10 +119,14 @@ def lint(files: tuple[Path, ...], as_json: bool) -> None:
     else:
         for finding in findings:
             click.echo(str(finding))
-        said = [f"{counts[level]} {level}s" for level in ("error", "warning", "note")]
-        click.echo(f"{len(files)} file{'s' if len(files) > 1 else ''}: {', '.join(said)}", err=True)
+        said = [_number(counts[level], level) for level in ("error", "warning", "note")]
+        click.echo(f"{_number(len(files), 'file')}: {', '.join(said)}", err=True)
     if counts["error"]:
         sys.exit(InputError.exit_code)
+
+
+def _number(count: int, word: str) -> str:
+    return f"{count} {word}" + ("" if count == 1 else "s")
 
 
 def _path(recipe: str) -> Path:
