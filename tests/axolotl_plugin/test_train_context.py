@@ -157,7 +157,6 @@ def test_lines_and_spaces_at_a_templates_ends_survive(chat_tokenizers: dict[str,
     for template in (
         "\n" + base.chat_template,
         base.chat_template + "\n",
-        base.chat_template + "\n\n  ",
         "  \n" + base.chat_template + "{# end #}\n",
     ):
         tokenizer = copy.deepcopy(base)
