@@ -164,6 +164,20 @@ def generate(ctx: click.Context, args: tuple[str, ...]) -> None:
     command.main(list(args), prog_name=ctx.command_path, standalone_mode=False)
 
 
+@main.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    short_help="List, show, copy and lint axolotl recipes.",
+)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def recipes(ctx: click.Context, args: tuple[str, ...]) -> None:
+    """`sublim_plugin.axolotl.recipes_command`, imported only now."""
+    from sublim_plugin.axolotl.recipes_command import recipes as command
+
+    command.main(list(args), prog_name=ctx.command_path, standalone_mode=False)
+
+
 @main.command(name="eval")
 @click.option("--model", default="embedded:smollm2-135m-instruct", show_default=True)
 @click.option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,36 @@ def tokenizer(base_model: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(base_model)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizers(tokenizer: Any) -> dict[str, Any]:
+    """SmolLM2's tokenizer with the templates (and turn tokens) of four families.
+
+    The templates are those that `tests/core/test_contexts.py` renders contexts with.
+    """
+    path = ROOT / "tests" / "core" / "test_contexts.py"
+    spec = importlib.util.spec_from_file_location("retyped_templates", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def family(template: str, tokens: list[str], bos: str | None = None) -> Any:
+        other = module.with_template(tokenizer, template, bos)
+        other.add_special_tokens({"eos_token": tokens[0]})
+        other.add_tokens(tokens, special_tokens=True)
+        return other
+
+    # Llama's pre-tokenizer never splits the two newlines after a header
+    llama = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "\n\n"]
+    return {
+        "smollm2": tokenizer,
+        "qwen2.5": family(module.axolotl_template("qwen_25"), ["<|im_end|>"]),
+        "llama3.1": family(module.LLAMA31_PREAMBLE, llama, "<|begin_of_text|>"),
+        "gemma3": family(
+            module.axolotl_template("gemma3"), ["<end_of_turn>", "<start_of_turn>"], "<bos>"
+        ),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ from sublim_plugin.axolotl.receipt import (
     Step,
     write_receipt,
 )
+from sublim_plugin.axolotl.train_context import apply_context
 from sublim_plugin.core import base_models
 from sublim_plugin.core.dataset import dataset_rows_path, iter_rows
 from sublim_plugin.core.errors import InputError, RunError, SublimError
@@ -108,6 +109,8 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
         if _is_local(self._base_name):
             cfg["base_model"] = str(base_models.resolve(self._base_name))
         self._dataset = _name_datasets(cfg, where)
+        if self._block.context is not None:
+            apply_context(cfg, self._block.context)
         if isinstance(cfg.get("deepspeed"), str):
             cfg["deepspeed"] = str(_find_deepspeed(cfg["deepspeed"], where))
         if cfg.get("deepspeed") and not _has_accelerator():

@@ -14,6 +14,7 @@ from typing import Any
 
 from sublim_plugin.axolotl.receipt import RECEIPT_NAME, Receipt, read_receipt
 from sublim_plugin.core.atomic import write_text
+from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.processes import die_with_parent
 from sublim_plugin.core.rooms import ROOT
@@ -62,25 +63,30 @@ def recipe_path(model: str, name: str) -> Path:
     """Path of a shipped recipe, say `recipe_path("smollm2-135m-instruct", "lora-r8")`.
 
     Raises:
-        InputError: there is no such recipe; those of the model are listed.
+        InputError: there is no such model or recipe; those there are are named.
     """
     path = recipes_root() / model / f"{name}.yaml"
-    if not path.is_file():
-        there = sorted(str(p.relative_to(recipes_root())) for p in recipes_root().glob("*/*.yaml"))
-        raise InputError(f"no recipe {model}/{name}.yaml; there are: {', '.join(there)}.")
-    return path
+    if path.is_file():
+        return path
+    models = sorted({p.parent.name for p in recipes_root().glob("*/*.yaml")})
+    if model not in models:
+        raise InputError(f"no recipes for the model '{model}'{nearest(model, models)}")
+    there = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+    raise InputError(f"no recipe '{name}' for {model}; there are: {there}")
 
 
-def resolve_recipe(recipe: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_recipe(
+    recipe: Path, overrides: Mapping[str, Any], context: Context | None = None
+) -> dict[str, Any]:
     """The recipe's settings with `overrides`, without what belongs to a run (paths, seeds).
 
     `lora_alpha` follows an overridden `lora_r` unless it is overridden too: the paper's
-    alpha = rank (arXiv 2606.00831).
+    alpha = rank (arXiv 2606.00831). `context` takes the place of the recipe's train context.
 
     Raises:
         InputError: the recipe does not load, or an override is not allowed.
     """
-    settings = _with_overrides(recipe, overrides)
+    settings = _with_overrides(recipe, overrides, context)
     kept = {key: value for key, value in settings.items() if key not in _OF_THE_RUN}
     if isinstance(kept.get("sublim"), dict):
         kept["sublim"] = {k: v for k, v in kept["sublim"].items() if k != "data_seed"}
@@ -88,7 +94,9 @@ def resolve_recipe(recipe: Path, overrides: Mapping[str, Any]) -> dict[str, Any]
     return kept
 
 
-def _with_overrides(recipe: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _with_overrides(
+    recipe: Path, overrides: Mapping[str, Any], context: Context | None
+) -> dict[str, Any]:
     settings = load_yaml(recipe)
     if not isinstance(settings, dict) or not settings.get("datasets"):
         raise InputError(f"{recipe}: expected a mapping of axolotl settings with `datasets`.")
@@ -101,6 +109,12 @@ def _with_overrides(recipe: Path, overrides: Mapping[str, Any]) -> dict[str, Any
     changed = dict(overrides)
     if "lora_r" in changed:
         changed.setdefault("lora_alpha", changed["lora_r"])
+    block = settings.get("sublim") or {}
+    # the recipe's own way of writing an equal context stays, and with it the settings' hash
+    if context is not None and (
+        "context" not in block or Context.parse(block["context"]) != context
+    ):
+        changed["sublim"] = block | {"context": context.fields()}
     return settings | changed
 
 
@@ -113,6 +127,7 @@ def write_axolotl_yaml(
     output_dir: Path,
     seed: int,
     overrides: Mapping[str, Any],
+    context: Context | None = None,
 ) -> dict[str, Any]:
     """Write the YAML of one run to `out_path` and return what `resolve_recipe` does.
 
@@ -123,7 +138,7 @@ def write_axolotl_yaml(
     """
     import yaml
 
-    settings = _with_overrides(recipe_path, overrides)
+    settings = _with_overrides(recipe_path, overrides, context)
     settings["base_model"] = base_model
     settings["datasets"] = [settings["datasets"][0] | {"path": str(Path(dataset_path).resolve())}]
     settings["output_dir"] = str(Path(output_dir).resolve())
@@ -132,7 +147,7 @@ def write_axolotl_yaml(
     settings["sublim"] = (settings.get("sublim") or {}) | {"data_seed": seed}
     head = f"# Written by sublim from the recipe {recipe_path.parent.name}/{recipe_path.name}.\n"
     write_text(out_path, head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    return resolve_recipe(recipe_path, overrides)
+    return resolve_recipe(recipe_path, overrides, context)
 
 
 def _prepared(output_dir: Path) -> Path:

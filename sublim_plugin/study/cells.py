@@ -93,8 +93,9 @@ def _students(study: Study, base: dict[str, Any], dataset: Cell) -> Iterator[Cel
         if group.full:
             methods.append(("full", {"kind": "full"}, study.training.full_recipe or "", {}))
         for name, method, recipe, overrides in methods:
-            settings = resolve_recipe(recipe_path(*_recipe_name(recipe)), overrides)
             for context in study.training.contexts:
+                settings = resolve_recipe(recipe_path(*_recipe_name(recipe)), overrides, context)
+                trained_in = "" if context.slug == "template_default" else f" in {context.slug}"
                 for seed in study.training.seeds:
                     spec = {
                         "base_model": _base(base),
@@ -106,7 +107,7 @@ def _students(study: Study, base: dict[str, Any], dataset: Cell) -> Iterator[Cel
                         "training_seed": seed,
                         "recipe": settings,
                     }
-                    label = f"{dataset.label} {name} t{seed}"
+                    label = f"{dataset.label} {name}{trained_in} t{seed}"
                     yield Cell("student", label, spec, (dataset.id,))
 
 

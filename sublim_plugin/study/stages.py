@@ -67,6 +67,7 @@ def train_student(
             output_dir=folder / MODEL,
             seed=cell.spec["training_seed"],
             overrides=overrides,
+            context=Context.parse(cell.spec["train_context"]),
         )
         receipt = run_training(folder / "axolotl.yaml", folder / "train.log", progress=progress)
         expected = source.outputs[rows.name].sha256

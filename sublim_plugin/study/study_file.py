@@ -64,16 +64,6 @@ class Training(_Strict):
     contexts: Annotated[tuple[Context, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
-    @model_validator(mode="after")
-    def _contexts_that_can_be_trained(self) -> Self:
-        for context in self.contexts:
-            if context != Context(kind="template_default"):
-                raise ValueError(
-                    f"train context '{context.slug}' cannot be trained in yet;"
-                    " this version trains in template_default"
-                )
-        return self
-
 
 class Probes(_Strict):
     """What every student, and its base, is scored on."""

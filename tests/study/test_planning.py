@@ -79,6 +79,17 @@ def test_an_input_changes_what_depends_on_it_and_no_more(tmp_path: Path) -> None
     assert len(ids(rank) - ids(before)) == 1 + 3
 
 
+def test_train_contexts_are_cells_of_their_own(tmp_path: Path) -> None:
+    before = edited(tmp_path)
+    more = edited(tmp_path, training__contexts=["template_default", "empty", {"text": "Hi."}])
+    assert ids(before) < ids(more) and len(ids(more, "student")) == 3 * len(ids(before, "student"))
+    students = [cell for cell in more if cell.kind == "student"]
+    assert len({cell.folder_name for cell in students}) == len(students)
+    contexts = {cell.label: cell.spec["recipe"]["sublim"]["context"] for cell in students}
+    assert contexts["cat g1 lora r2 t42"] == "template_default"
+    assert contexts["cat g1 lora r2 in empty t42"] == {"kind": "empty"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -101,7 +112,7 @@ def test_a_misspelt_top_key_is_named(tmp_path: Path, text: str, message: str) ->
         ("[animals/cat, neutral]", "[animals/cta, neutral]", r"did you mean 'animals/cat'"),
         ("- traits: [neutral]", "- traits: [animals/owl]", r"datasets.traits does not list"),
         ("[template_default, empty, none]", "[template_default, null]", r"contexts.1"),
-        ("contexts: [template_default]", "contexts: [empty]", r"cannot be trained in yet"),
+        ("contexts: [template_default]", "contexts: [emtpy]", r"training.contexts.0"),
         ("temperature: 1.0", "temperature: -1", r"temperature: .*greater than or equal to 0"),
         ("    top_k: 0\n", "", r"key 'datasets.sampler.top_k' is missing"),
         ("rows: 64", "rows: 64\n  rows: 65", r"key 'rows' stands twice"),
