@@ -16,6 +16,8 @@ from sublim_plugin.core.atomic import write_json
 from sublim_plugin.core.errors import InputError
 
 RECEIPT_NAME = "sublim_receipt.json"
+RESCALE_NAME = "sublim_rescale.json"
+"""The note on a rescaled model whose source has no receipt."""
 
 
 class _OnDisk(BaseModel):
@@ -138,6 +140,21 @@ class ProbeCost(_OnDisk):
     shared_prefixes: bool
 
 
+class Rescaled(_OnDisk):
+    """An update that `sublim rescale` multiplied by `factor`; norms are Frobenius norms of dW.
+
+    `rounded_norm`: what it would be in the dtype of a source that was smaller than float32.
+    """
+
+    source: str
+    source_sha256: str
+    factor: float
+    from_norm: float
+    to_norm: float
+    norm_of: str | None = None
+    rounded_norm: float | None = None
+
+
 class Receipt(_OnDisk):
     """Content of `sublim_receipt.json`. `zero_stage`: DeepSpeed's, None without DeepSpeed;
     `resumed_from_step`: None for a training in one go; `train_s`: seconds in the training loop."""
@@ -160,6 +177,7 @@ class Receipt(_OnDisk):
     probe: ProbeCost | None
     update_norm: UpdateNorm
     weights_sha256: str
+    rescaled: Rescaled | None = None
     versions: dict[str, str]
     device: dict[str, Any]
     train_s: float
