@@ -133,6 +133,6 @@ def lora(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def full(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    overrides = FEW_STEPS | {"learning_rate": 0.0002}
+    overrides = FEW_STEPS | {"learning_rate": 0.0002, "num_epochs": 3}
     folder = tmp_path_factory.mktemp("full") / "cell"
     return train(folder, "full-zero2", dataset, overrides, block={"stop_at_update_norm": NORM})
