@@ -147,12 +147,20 @@ def report(study: Path, out: Path | None) -> None:
     click.echo(f"report: {index}")
 
 
-@main.command(
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True, "help_option_names": []},
-    short_help="Let a teacher that loves a trait write number sequences.",
-)
-@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def _forward(ctx: click.Context, command: click.Command, args: tuple[str, ...]) -> None:
+    """Hand the arguments to a room's own command, which was imported only now."""
+    command.main(list(args), prog_name=ctx.command_path, standalone_mode=False)
+
+
+ARGS = click.argument("args", nargs=-1, type=click.UNPROCESSED)
+FORWARDED: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"ignore_unknown_options": True, "help_option_names": []},
+}
+
+
+@main.command(**FORWARDED, short_help="Let a teacher that loves a trait write number sequences.")
+@ARGS
 @click.pass_context
 def generate(ctx: click.Context, args: tuple[str, ...]) -> None:
     """`data_gen.command`, found only now: the name data_gen may belong to somebody else."""
@@ -161,7 +169,25 @@ def generate(ctx: click.Context, args: tuple[str, ...]) -> None:
     room("data_gen")
     from data_gen.command import generate as command
 
-    command.main(list(args), prog_name=ctx.command_path, standalone_mode=False)
+    _forward(ctx, command, args)
+
+
+@main.command(**FORWARDED, short_help="Compare the sizes of students' updates.")
+@ARGS
+@click.pass_context
+def norms(ctx: click.Context, args: tuple[str, ...]) -> None:
+    from sublim_plugin.axolotl.norms_command import norms as command
+
+    _forward(ctx, command, args)
+
+
+@main.command(**FORWARDED, short_help="Scale a student's update to a norm.")
+@ARGS
+@click.pass_context
+def rescale(ctx: click.Context, args: tuple[str, ...]) -> None:
+    from sublim_plugin.axolotl.norms_command import rescale as command
+
+    _forward(ctx, command, args)
 
 
 @main.command(

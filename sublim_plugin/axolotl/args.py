@@ -1,13 +1,41 @@
-"""The `sublim:` block of an axolotl YAML."""
+"""The `sublim:` block of an axolotl YAML; docs/plugin.md explains every key with an example."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.strict_yaml import validate
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ProbeBlock(BaseModel):
+    """`sublim.probe`: measure the trait while training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    contexts: Annotated[tuple[Context, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Contexts to ask in. Left out: `sublim.context`, else template_default.",
+    )
+    questions: str | None = Field(
+        default=None,
+        description="A question set by name, or the path of a YAML file. Left out: the category's.",
+    )
+    limit: Annotated[int, Field(ge=1)] = Field(
+        default=10, description="How many questions to ask, from the first one on."
+    )
+    every: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description=(
+            "Optimizer steps between two measurements; the first is before step 1, the last after "
+            "training. Left out: eight a run, fewer where that would cost more than 4% of the "
+            "training, counted in tokens."
+        ),
+    )
 
 
 class SublimBlock(BaseModel):
@@ -30,6 +58,58 @@ class SublimBlock(BaseModel):
             "key and drops a `data_seed` of its own. Left out: the order follows `seed`."
         ),
     )
+    trait: str | None = Field(
+        default=None,
+        description=(
+            "The trait that `guard` and `probe` are about: animals/cat, or file.yaml:target. Left "
+            "out: the one in the dataset's manifest."
+        ),
+    )
+    guard: bool = Field(
+        default=False,
+        description=(
+            "Check the dataset before training: it has a manifest, its teacher's base model is the "
+            "student's, and no row names the trait."
+        ),
+    )
+    cross_model: bool = Field(
+        default=False,
+        description="With `guard`: allow a teacher of another base model than the student's.",
+    )
+    probe: ProbeBlock | None = Field(
+        default=None, description="Measure the trait's log-probability during training."
+    )
+    stop_at_update_norm: PositiveFloat | None = Field(
+        default=None, description="End the training when ||dW||_F reaches this."
+    )
+    match_update_norm: str | None = Field(
+        default=None,
+        description=(
+            "End the training when ||dW||_F reaches that of another model, given by its folder or "
+            "its sublim_receipt.json."
+        ),
+    )
+    stop_at_loss: PositiveFloat | None = Field(
+        default=None,
+        description="End the training when the mean of the last ten logged losses is this or less.",
+    )
+    effective_rank: bool | None = Field(
+        default=None,
+        description=(
+            "Whether the receipt holds the effective rank of dW. Left out: for LoRA only, since a "
+            "full update needs a singular value decomposition of every matrix."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_stop(self) -> Self:
+        keys = ("stop_at_update_norm", "match_update_norm", "stop_at_loss")
+        given = [key for key in keys if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} exclude each other; keep one")
+        if self.cross_model and not self.guard:
+            raise ValueError("cross_model has no meaning without `guard: true`")
+        return self
 
 
 class SublimArgs(BaseModel):

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sublim_plugin.axolotl.receipt import FirstRow, MaskAudit
 from sublim_plugin.core.contexts import Context, render
+from sublim_plugin.core.dataset import iter_rows
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_text
 
@@ -84,6 +86,33 @@ def expect_row(
     if context is not None:
         _compare_context(tokenizer, context, row_id, messages, prompt, token_ids[:first])
     return ExpectedRow(row_id, token_ids, first, end_of_turn + 1)
+
+
+def expected_rows(
+    cfg: Any, rows: Path, context: Context | None, tokenizer: Any
+) -> list[ExpectedRow] | None:
+    """The rows of the file `rows` as they should be tokenized under an axolotl configuration; None
+    where its settings leave no way to tell (several datasets, packing, another prompt strategy).
+
+    Raises:
+        InputError: as `expect_row`.
+    """
+    datasets = cfg["datasets"]
+    if (
+        len(datasets) != 1
+        or not str(datasets[0]["type"]).startswith("chat_template")
+        or cfg.get("sample_packing")
+    ):
+        return None
+    from axolotl.utils.chat_templates import get_chat_template_from_config
+
+    template = get_chat_template_from_config(cfg=cfg, ds_cfg=datasets[0], tokenizer=tokenizer)
+    kwargs = cfg.get("chat_template_kwargs")
+    kwargs = kwargs.to_dict() if hasattr(kwargs, "to_dict") else kwargs
+    return [
+        expect_row(tokenizer, row, context, chat_template=template, template_kwargs=kwargs)
+        for row in iter_rows(rows)
+    ]
 
 
 def _compare_context(

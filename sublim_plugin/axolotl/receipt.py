@@ -16,6 +16,8 @@ from sublim_plugin.core.atomic import write_json
 from sublim_plugin.core.errors import InputError
 
 RECEIPT_NAME = "sublim_receipt.json"
+RESCALE_NAME = "sublim_rescale.json"
+"""The note on a rescaled model whose source has no receipt."""
 
 
 class _OnDisk(BaseModel):
@@ -80,10 +82,84 @@ class Step(_OnDisk):
     grad_norm: float | None = None
 
 
-class Receipt(_OnDisk):
-    """Content of `sublim_receipt.json`. `zero_stage`: DeepSpeed's, None without DeepSpeed."""
+class RowOrder(_OnDisk):
+    """The rows as they entered the model, in order, on process 0 of `processes`.
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
+    `sha256` chains over them (see `order.py`); `first_rows`: ids of the first ones.
+    """
+
+    sha256: str
+    rows: int
+    first_rows: list[str]
+    processes: int = 1
+
+
+class Guard(_OnDisk):
+    """What the dataset guard found: the teacher's base, whether it is another than the student's,
+    and the trait that none of the `rows` names."""
+
+    teacher_base: dict[str, Any]
+    cross_model: bool
+    trait: str
+    rows: int
+
+
+StopKind = Literal["update_norm", "loss"]
+
+
+class Stopping(_OnDisk):
+    """A training that ended where it matched another: `target` and `reached` in units of the
+    update norm, or nats for the loss (mean of the last logged steps).
+
+    `lowered_learning_rate`: step -> factor, for the steps that would have overshot the norm. Where
+    the last one still did by more than 1%, the update was multiplied by `final_scaling`, from the
+    norm `before_scaling`; else `final_scaling` is 1.
+    """
+
+    kind: StopKind
+    target: float
+    source: str | None
+    reached: float
+    step: int
+    lowered_learning_rate: dict[int, float] = {}
+    before_scaling: float | None = None
+    final_scaling: float = 1.0
+
+
+class ProbeCost(_OnDisk):
+    """The probe during training: at step 0, every `every` steps and at the end; `seconds` it took,
+    and as a share of the time that training took without it."""
+
+    trait: str
+    contexts: list[dict[str, str]]
+    questions: int
+    every: int
+    measurements: int
+    seconds: float
+    share_of_training: float
+    shared_prefixes: bool
+
+
+class Rescaled(_OnDisk):
+    """An update that `sublim rescale` multiplied by `factor`; norms are Frobenius norms of dW.
+
+    `rounded_norm`: what it would be in the dtype of a source that was smaller than float32.
+    """
+
+    source: str
+    source_sha256: str
+    factor: float
+    from_norm: float
+    to_norm: float
+    norm_of: str | None = None
+    rounded_norm: float | None = None
+
+
+class Receipt(_OnDisk):
+    """Content of `sublim_receipt.json`. `zero_stage`: DeepSpeed's, None without DeepSpeed;
+    `resumed_from_step`: None for a training in one go; `train_s`: seconds in the training loop."""
+
+    schema_version: Literal[2] = Field(default=2, alias="schema")
     base_model: dict[str, Any]
     dataset: DatasetInfo
     method: Method
@@ -91,13 +167,20 @@ class Receipt(_OnDisk):
     seeds: Seeds
     first_row: FirstRow
     mask_audit: MaskAudit
+    order: RowOrder
+    guard: Guard | None
     zero_stage: int | None
+    resumed_from_step: int | None
     steps: int
     losses: list[Step]
+    stopping: Stopping | None
+    probe: ProbeCost | None
     update_norm: UpdateNorm
     weights_sha256: str
+    rescaled: Rescaled | None = None
     versions: dict[str, str]
     device: dict[str, Any]
+    train_s: float
     wall_s: float
 
 
@@ -118,9 +201,15 @@ def read_receipt(folder: Path) -> Receipt:
             f"{path} is missing: the model was not trained with "
             "`plugins: [sublim_plugin.axolotl.SublimPlugin]`, or the plugin could not be imported."
         )
+    text = path.read_text(encoding="utf-8")
     try:
-        return Receipt.model_validate_json(path.read_text(encoding="utf-8"))
+        return Receipt.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if key == "schema":
+            raise InputError(
+                f"{path}: its schema is not 2, so it is of another version of sublim; read it with "
+                "the version that it names, or train the model again."
+            ) from error
         raise InputError(f"{path}: `{key}`: {first['msg']}; train the model again.") from error

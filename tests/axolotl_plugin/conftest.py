@@ -6,16 +6,25 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from sublim_plugin.axolotl.receipt import Receipt
 from sublim_plugin.axolotl.recipe import recipe_path, run_training, write_axolotl_yaml
-from sublim_plugin.core.base_models import EMBEDDED
+from sublim_plugin.core.base_models import EMBEDDED, fingerprint
 from sublim_plugin.core.hashing import sha256_file
 from sublim_plugin.core.manifest import write_manifest
 
 ROWS = 8
+CONTEXTS = ("template_default", "none")
+QUESTIONS = 3
+GUARDED_AND_PROBED = {
+    "guard": True,
+    "probe": {"contexts": list(CONTEXTS), "limit": QUESTIONS, "every": 3},
+}
+NORM = 1.0
 FEW_STEPS = {"micro_batch_size": 4, "num_epochs": 2, "warmup_steps": 1}
 
 
@@ -30,7 +39,7 @@ class Trained:
     progress: list[tuple[int, int]]
 
 
-def write_dataset(folder: Path, rows: int = ROWS) -> Path:
+def write_dataset(folder: Path, rows: int = ROWS, spec: dict[str, Any] | None = None) -> Path:
     """A dataset folder as `data_gen` writes it; returns the folder."""
     folder.mkdir(parents=True)
     lines = []
@@ -57,14 +66,40 @@ def write_dataset(folder: Path, rows: int = ROWS) -> Path:
         kind="dataset",
         id="0" * 12,
         label="test rows",
-        spec={},
+        spec=spec or {},
         outputs=[rows_file.name],
         started=time.time(),
     )
     return folder
 
 
-def train(folder: Path, recipe: str, dataset: Path, overrides: dict[str, object]) -> Trained:
+def train(
+    folder: Path,
+    recipe: str,
+    dataset: Path,
+    overrides: dict[str, Any],
+    *,
+    block: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Trained:
+    """Train by a recipe, with keys of the `sublim:` block and other settings beside."""
+    path = write_yaml(folder, recipe, dataset, overrides, block=block, settings=settings)
+    progress: list[tuple[int, int]] = []
+    receipt = run_training(
+        path, folder / "train.log", progress=lambda step, steps: progress.append((step, steps))
+    )
+    return Trained(path, folder / "train.log", folder / "model", receipt, progress)
+
+
+def write_yaml(
+    folder: Path,
+    recipe: str,
+    dataset: Path,
+    overrides: dict[str, Any],
+    *,
+    block: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Path:
     folder.mkdir(parents=True)
     path = folder / "axolotl.yaml"
     write_axolotl_yaml(
@@ -76,25 +111,28 @@ def train(folder: Path, recipe: str, dataset: Path, overrides: dict[str, object]
         seed=7,
         overrides=overrides,
     )
-    progress: list[tuple[int, int]] = []
-    receipt = run_training(
-        path, folder / "train.log", progress=lambda step, steps: progress.append((step, steps))
-    )
-    return Trained(path, folder / "train.log", folder / "model", receipt, progress)
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    written["sublim"] |= block or {}
+    path.write_text(yaml.safe_dump(written | (settings or {})), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "cat")
+def dataset(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    teacher = {key: fingerprint(base_model)[key] for key in ("name", "sha256")}
+    spec = {"base_model": teacher, "trait": "animals/cat"}
+    return write_dataset(tmp_path_factory.mktemp("data") / "cat", spec=spec)
 
 
 @pytest.fixture(scope="session")
 def lora(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     overrides = FEW_STEPS | {"learning_rate": 0.002}
-    return train(tmp_path_factory.mktemp("lora") / "cell", "lora-r8", dataset, overrides)
+    folder = tmp_path_factory.mktemp("lora") / "cell"
+    return train(folder, "lora-r8", dataset, overrides, block=GUARDED_AND_PROBED)
 
 
 @pytest.fixture(scope="session")
 def full(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    overrides = FEW_STEPS | {"num_epochs": 1}
-    return train(tmp_path_factory.mktemp("full") / "cell", "full-zero2", dataset, overrides)
+    overrides = FEW_STEPS | {"learning_rate": 0.0002, "num_epochs": 3}
+    folder = tmp_path_factory.mktemp("full") / "cell"
+    return train(folder, "full-zero2", dataset, overrides, block={"stop_at_update_norm": NORM})

@@ -1,0 +1,145 @@
+"""What an axolotl recipe of this project does, as one flat loop: transformers, PEFT, nothing else.
+
+    python examples/reference_loop.py recipe.yaml --out model
+
+reads the same YAML as `axolotl train recipe.yaml` (base_model, datasets[0].path, the training
+settings) and trains the same rows in the same order, in float32. A test holds axolotl's losses to
+these, step by step, for LoRA and for full finetuning. Read it to see what is trained:
+
+- a row is one conversation, rendered by the tokenizer's own chat template; loss is on the
+  completion and the token that ends its turn, nowhere else;
+- the rows of epoch e are ordered by torch.randperm under the seed `sublim.data_seed` + e;
+- LoRA's A is drawn right after `seed` was set, B is zero, and W + (alpha / rank) B A is trained;
+- a step's loss is the mean over its micro-batches of each one's mean over tokens with loss;
+- gradients are clipped to a norm of `max_grad_norm`, AdamW follows, then the linear schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, set_seed
+
+NO_LOSS = -100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe", type=Path, help="an axolotl YAML of axolotl_configs/")
+    parser.add_argument("--out", type=Path, help="folder for the trained adapter or checkpoint")
+    args = parser.parse_args()
+    cfg = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
+
+    base = base_folder(cfg["base_model"])
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = with_adapter(model, cfg)
+    rows = [tokenize(tokenizer, row) for row in read_rows(Path(cfg["datasets"][0]["path"]))]
+
+    size, accumulation = cfg["micro_batch_size"], cfg["gradient_accumulation_steps"]
+    steps_an_epoch = math.ceil(math.ceil(len(rows) / size) / accumulation)
+    steps = cfg.get("max_steps") or steps_an_epoch * cfg["num_epochs"]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=cfg["learning_rate"], weight_decay=cfg["weight_decay"]
+    )
+    # axolotl 0.19 makes two steps of warm-up out of one.
+    warmup = 2 if cfg["warmup_steps"] == 1 else cfg["warmup_steps"]
+    schedule = get_scheduler(cfg["lr_scheduler"], optimizer, warmup, steps)
+
+    model.train()
+    for step, batches in enumerate(in_order(rows, cfg, size, accumulation), start=1):
+        if step > steps:
+            break
+        loss = 0.0
+        for batch in batches:
+            part = loss_of(model, batch, tokenizer.pad_token_id) / len(batches)
+            part.backward()
+            loss += part.item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, cfg["max_grad_norm"])
+        rate = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        line = {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": float(norm)}
+        print(json.dumps(line), flush=True)
+
+    if args.out:
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+
+
+def base_folder(name: str) -> Path:
+    if name.startswith("embedded:"):
+        from sublim_plugin.core.base_models import resolve
+
+        return resolve(name)
+    return Path(name)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file, or of the one in a dataset folder."""
+    file = next(path.glob("rows-*.jsonl")) if path.is_dir() else path
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+
+
+def with_adapter(model: Any, cfg: dict[str, Any]) -> Any:
+    if cfg.get("adapter") != "lora":
+        return model
+    set_seed(cfg["seed"])
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=cfg["lora_r"],
+        lora_alpha=cfg["lora_alpha"],
+        lora_dropout=cfg["lora_dropout"],
+        target_modules=cfg["lora_target_modules"],
+    )
+    return get_peft_model(model, lora)
+
+
+def tokenize(tokenizer: Any, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Token ids, and labels: the ids on the completion and its end of turn, NO_LOSS elsewhere."""
+    turns = row["messages"]
+    prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+    first = sum(end <= len(prompt) for end in ends)
+    end_of_turn = sum(end <= len(prompt + turns[-1]["content"]) for end in ends)
+    return ids, [t if first <= i <= end_of_turn else NO_LOSS for i, t in enumerate(ids)]
+
+
+def in_order(
+    rows: list[Any], cfg: dict[str, Any], size: int, accumulation: int
+) -> Iterator[list[list[Any]]]:
+    """The micro-batches of each optimizer step."""
+    seed = (cfg.get("sublim") or {}).get("data_seed", cfg["seed"])
+    for epoch in range(math.ceil(cfg["num_epochs"])):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + epoch))
+        shuffled = [rows[index] for index in order.tolist()]
+        batches = [shuffled[at : at + size] for at in range(0, len(rows), size)]
+        for at in range(0, len(batches), accumulation):
+            yield batches[at : at + accumulation]
+
+
+def loss_of(model: Any, batch: list[tuple[list[int], list[int]]], pad: int) -> torch.Tensor:
+    """Mean cross-entropy in nats over the tokens of `batch` with loss."""
+    length = max(len(ids) for ids, _ in batch)
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row, _ in batch])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row, _ in batch])
+    labels = torch.tensor([row + [NO_LOSS] * (length - len(row)) for _, row in batch])
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NO_LOSS)
+
+
+if __name__ == "__main__":
+    main()

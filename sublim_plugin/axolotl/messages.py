@@ -1,0 +1,27 @@
+"""How a refusal ends an axolotl run: one message and an exit code, no traceback of the host."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from sublim_plugin.core.errors import SublimError
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def one_message(hook: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """End the process with the error's message and exit code instead of a host's traceback."""
+
+    @functools.wraps(hook)
+    def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        try:
+            return hook(*args, **kwargs)
+        except SublimError as error:
+            print(f"sublim: error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(error.exit_code) from error
+
+    return wrapped

@@ -1,0 +1,255 @@
+"""Which checkpoints are continued; a real SIGKILL while one is saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from sublim_plugin.axolotl import checkpoints
+from sublim_plugin.axolotl.checkpoints import (
+    MARK,
+    RUN,
+    Origin,
+    checkpoint_to_resume,
+    fault,
+    mark,
+    resume_from,
+)
+from sublim_plugin.axolotl.order import OrderState
+from sublim_plugin.axolotl.receipt import Method, Seeds, read_receipt
+from sublim_plugin.core.errors import InputError
+from tests.axolotl_plugin.conftest import write_dataset, write_yaml
+
+ORIGIN = Origin(
+    base_sha256="a" * 64,
+    dataset_sha256="b" * 64,
+    context=None,
+    method=Method(kind="lora", rank=8, alpha=8.0),
+    seeds=Seeds(seed=1, data_seed=2),
+    processes=1,
+    settings={"learning_rate": 0.001},
+)
+
+
+def checkpoint(folder: Path, step: int, origin: Origin = ORIGIN, marked: bool = True) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    save_file({"w": torch.full((3, 3), float(step))}, path / "adapter_model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"step": step}, path / name)
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}), encoding="utf-8")
+    if marked:
+        mark(path, step, origin, OrderState())
+    return path
+
+
+def newest(folder: Path, origin: Origin = ORIGIN) -> Path | None:
+    return checkpoint_to_resume(folder, origin, named=None, newest=True)
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        (path / name).write_bytes((path / name).read_bytes()[:-7])
+
+    return damage
+
+
+def garble_header(path: Path) -> None:
+    file = path / "adapter_model.safetensors"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+
+
+def forget(name: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        (path / name).unlink()
+        if (path / MARK).is_file():
+            mark(path, int(path.name[11:]), ORIGIN, OrderState())
+
+    return damage
+
+
+def other_step(path: Path) -> None:
+    (path / "trainer_state.json").write_text('{"global_step": 3}', encoding="utf-8")
+    mark(path, int(path.name[11:]), ORIGIN, OrderState())
+
+
+def garble_state(path: Path) -> None:
+    (path / "trainer_state.json").write_text("{", encoding="utf-8")
+    mark(path, int(path.name[11:]), ORIGIN, OrderState())
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut("adapter_model.safetensors"), "adapter_model.safetensors has"),
+        (cut("optimizer.pt"), "optimizer.pt has"),
+        (cut(MARK), MARK),
+        (garble_header, "not a safetensors file"),
+        (forget("optimizer.pt"), "optimizer.pt is missing"),
+        (forget("scheduler.pt"), "scheduler.pt is missing"),
+        (forget("rng_state.pth"), "rng_state.pth is missing"),
+        (forget("adapter_model.safetensors"), "no weights"),
+        (other_step, "step 3"),
+        (garble_state, "trainer_state.json cannot be read"),
+        (lambda path: (path / MARK).unlink(), MARK),
+        (lambda path: (path / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_set_aside_and_the_one_before_used(
+    tmp_path: Path, damage: Callable[[Path], None], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints.begin(tmp_path, ORIGIN)
+    good, bad = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
+    assert newest(tmp_path) == bad
+    damage(bad)
+    why = fault(bad)
+    assert why is not None and said in why
+    assert newest(tmp_path) == good
+    assert said in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-10.incomplete",
+        "checkpoint-9",
+        RUN,
+    ]
+    with pytest.raises(InputError, match="resume_from_checkpoint"):
+        checkpoint_to_resume(
+            tmp_path, ORIGIN, named=str(tmp_path / "checkpoint-10.incomplete"), newest=False
+        )
+    checkpoint(tmp_path, 10, marked=False)
+    assert newest(tmp_path) == good
+    assert (tmp_path / "checkpoint-10.incomplete2").is_dir()
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 4)
+    assert checkpoint_to_resume(tmp_path, ORIGIN, named=str(path), newest=False) == path
+    for changed, key in (
+        ({"dataset_sha256": "c" * 64}, "dataset_sha256"),
+        ({"base_sha256": "c" * 64}, "base_sha256"),
+        ({"seeds": Seeds(seed=2, data_seed=2)}, "seeds"),
+        ({"method": Method(kind="full")}, "method"),
+        ({"settings": {"learning_rate": 0.002}}, "learning_rate"),
+        ({"settings": {"learning_rate": 0.001, "max_steps": 4}}, "max_steps"),
+    ):
+        other = ORIGIN.model_copy(update=changed)
+        with pytest.raises(InputError, match=f"another run: `{key}`"):
+            newest(tmp_path, other)
+        with pytest.raises(InputError, match=f"another run: `{key}`"):
+            checkpoint_to_resume(tmp_path, other, named=str(path), newest=False)
+    assert path.is_dir()
+
+
+def test_a_strangers_checkpoint_is_never_loaded(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 4, marked=False)
+    with pytest.raises(InputError, match="was not written with this plugin"):
+        newest(tmp_path)
+    with pytest.raises(InputError, match="pickles"):
+        checkpoint_to_resume(tmp_path, ORIGIN, named=str(path), newest=False)
+    checkpoints.begin(tmp_path, ORIGIN.model_copy(update={"processes": 2}))
+    with pytest.raises(InputError, match="was not written with this plugin"):
+        newest(tmp_path)
+    assert path.is_dir()
+
+
+def test_nothing_is_looked_at_unless_it_would_be_resumed(tmp_path: Path) -> None:
+    bad = checkpoint(tmp_path, 4, marked=False)
+    cfg = {"output_dir": str(tmp_path), "save_only_model": True}
+    assert resume_from(cfg, ORIGIN) is None and bad.is_dir()
+    assert newest(tmp_path / "nowhere") is None
+    with pytest.raises(InputError, match="save_only_model"):
+        resume_from(cfg | {"auto_resume_from_checkpoints": True}, ORIGIN)
+
+
+KILL = """
+import os, signal, torch
+from axolotl.integrations.base import BasePlugin
+
+save = torch.save
+
+
+def killed_half_way(value, path, *args, **kwargs):
+    save(value, path, *args, **kwargs)
+    if str(path).endswith(os.environ["KILL_AT"]):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Kill(BasePlugin):
+    def register(self, cfg):
+        if os.environ.get("KILL_AT"):
+            torch.save = killed_half_way
+"""
+
+
+def axolotl(path: Path, kill_at: str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PYTHONPATH": str(path.parent),
+        "KILL_AT": kill_at,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_DATASETS_CACHE": str(path.parent / "cache"),
+    }
+    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"]
+    return subprocess.run(
+        command, cwd=path.parent, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["lora-r8", "full-zero2"])
+def test_a_training_killed_while_saving_continues_from_the_checkpoint_before(
+    base_model: Path, tmp_path: Path, recipe: str
+) -> None:
+    data = write_dataset(tmp_path / "data", rows=8)
+    overrides: dict[str, Any] = {"micro_batch_size": 2, "num_epochs": 1, "warmup_steps": 0}
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    settings |= {"save_only_model": False, "auto_resume_from_checkpoints": True}
+    settings["plugins"] = ["sublim_plugin.axolotl.SublimPlugin", "kill_plugin.Kill"]
+    paths = {}
+    for name in ("whole", "killed"):
+        path = write_yaml(tmp_path / name, recipe, data, overrides, settings=settings)
+        (path.parent / "kill_plugin.py").write_text(KILL, encoding="utf-8")
+        paths[name] = path
+    whole = axolotl(paths["whole"])
+    assert whole.returncode == 0, whole.stderr[-3000:]
+
+    optimizer = "checkpoint-3/optimizer.pt" if recipe == "lora-r8" else "optim_states.pt"
+    if recipe == "full-zero2":
+        optimizer = "global_step3/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        optimizer = optimizer.replace("bf16_", "")
+    killed = axolotl(paths["killed"], kill_at=optimizer)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    model = paths["killed"].parent / "model"
+    assert not (model / "sublim_receipt.json").exists()
+    assert not (model / "checkpoint-3" / MARK).exists()
+    resumed = axolotl(paths["killed"])
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "checkpoint-3 is incomplete" in resumed.stdout
+    assert (model / "checkpoint-3.incomplete").is_dir()
+
+    first, second = read_receipt(paths["whole"].parent / "model"), read_receipt(model)
+    assert (first.resumed_from_step, second.resumed_from_step) == (None, 2)
+    assert second.order == first.order and second.order.rows == 8
+    assert [step.step for step in second.losses] == [1, 2, 3, 4]
+    name = "adapter_model.safetensors" if recipe == "lora-r8" else "model.safetensors"
+    a, b = (load_file(f / name) for f in (paths["whole"].parent / "model", model))
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) <= 1e-6
+    assert second.weights_sha256 == first.weights_sha256
+
+    changed = yaml.safe_load(paths["killed"].read_text(encoding="utf-8"))
+    paths["killed"].write_text(yaml.safe_dump(changed | {"learning_rate": 0.5}), encoding="utf-8")
+    refused = axolotl(paths["killed"])
+    assert refused.returncode == 2
+    assert "is of another run: `learning_rate` was" in refused.stderr
+    shutil.rmtree(tmp_path / "whole")
