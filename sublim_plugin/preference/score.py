@@ -22,7 +22,6 @@ from sublim_plugin.core.hashing import sha256_file, sha256_json
 from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
 from sublim_plugin.preference.journal import Journal
-from sublim_plugin.preference.shared_lm import SharedLM
 
 MAIN = {"multiple_choice": "target_logprob", "generate_until": "target_rate"}
 """The metric that the table shows, by a task's output type."""
@@ -92,6 +91,8 @@ class Scorer:
 
     def __init__(self, base: Path, out: Path, *, device: str | None, dtype: str, seed: int) -> None:
         import torch
+
+        from sublim_plugin.preference.shared_lm import SharedLM
 
         self.base, self.out = base, out
         self.settings: dict[str, Any] = {"dtype": dtype}

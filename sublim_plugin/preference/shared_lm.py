@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
@@ -118,9 +117,9 @@ class SharedLM(SharedPrefixLM):
     def _decode(
         self, asked: list[Request], sampler: Sampler, keep: Callable[[int, Reply], None]
     ) -> None:
-        from sublim_plugin.decoding.transformers_engine import ATTENTION, TransformersEngine
+        from sublim_plugin.decoding.transformers_engine import TransformersEngine, grouped
 
-        with _attention(self.model, ATTENTION):
+        with grouped(self.model):
             ends = self.model.generation_config.eos_token_id
             engine = TransformersEngine(
                 self.model,
@@ -158,18 +157,6 @@ def stated_sampler(given: dict[str, Any]) -> tuple[Sampler, tuple[str, ...]] | N
         ) from error
     until = given.get("until") or []
     return sampler, tuple([until] if isinstance(until, str) else until)
-
-
-@contextmanager
-def _attention(model: Any, name: str) -> Any:
-    """Inside, the model computes attention with the function of that name."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = inner.config._attn_implementation
-    inner.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        inner.set_attn_implementation(before)
 
 
 class _JournalHook:

@@ -12,13 +12,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from torch import Tensor
 from tqdm import tqdm
+
+from sublim_plugin.preference.trie import (
+    Trie,
+    at_least_float32,
+    build_trie,
+    common_prefix,
+    lay_out,
+    score_paths,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,48 +36,6 @@ PASS_TOKENS = {"cpu": 800, "accelerator": 4096}
 
 # Largest difference of a log-probability between the shared and the plain computation (nats).
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 0.05, torch.bfloat16: 0.3}
-
-
-@dataclass(frozen=True)
-class Trie:
-    """The inner tokens of a context's continuations, parents before children.
-
-    Attributes:
-        tokens: token id of each node.
-        parents: index of each node's parent, -1 for the context.
-        scores: for each continuation, the (node, token) pairs whose log-probabilities add up to its
-            own: the token is scored by the logits at that node, node -1 being the context's end.
-    """
-
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]
-    scores: tuple[tuple[tuple[int, int], ...], ...]
-
-
-def build_trie(continuations: Sequence[Sequence[int]]) -> Trie:
-    """The trie of all continuations without their last tokens: nothing follows a last token, so it
-    never has to be computed."""
-    nodes: dict[tuple[int, int], int] = {}
-    scores = []
-    for continuation in continuations:
-        node, path = -1, []
-        for position, token in enumerate(continuation):
-            path.append((node, token))
-            if position < len(continuation) - 1:
-                node = nodes.setdefault((node, token), len(nodes))
-        scores.append(tuple(path))
-    return Trie(
-        tuple(token for _, token in nodes), tuple(parent for parent, _ in nodes), tuple(scores)
-    )
-
-
-def common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
-    """Number of leading tokens that all sequences share."""
-    first, last = min(sequences), max(sequences)
-    for position, (a, b) in enumerate(zip(first, last, strict=False)):
-        if a != b:
-            return position
-    return min(len(first), len(last))
 
 
 class SharedPrefixLM(HFLM):  # type: ignore[misc]
@@ -207,7 +172,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             pad = width - len(tail)
             ids[row, pad:width] = torch.tensor(tail)
             ids[row, width : width + len(trie.tokens)] = torch.tensor(trie.tokens, dtype=torch.long)
-            _lay_out(positions[row], allowed[row], head, pad, width, trie.parents)
+            lay_out(positions[row], allowed[row], head, pad, width, trie.parents)
         dtype = self.mixed_precision_dtype or self.model.dtype
         mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
         output = self._forward(
@@ -221,7 +186,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         if cache is not None:
             cache.crop(-length)
         return [
-            _score_paths(_at_least_float32(output.logits[row, -scored_rows:]), trie)
+            score_paths(at_least_float32(output.logits[row, -scored_rows:]), trie)
             for row, trie in enumerate(tries)
         ]
 
@@ -230,7 +195,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         _, context, continuation = request
         ids = torch.tensor([[*context, *continuation][:-1]], device=self.device)
         logits = self._forward(input_ids=ids, use_cache=False).logits[0, len(context) - 1 :]
-        logprobs = torch.log_softmax(_at_least_float32(logits), dim=-1)
+        logprobs = torch.log_softmax(at_least_float32(logits), dim=-1)
         tokens = torch.tensor(continuation, device=self.device)
         plain = float(logprobs.gather(1, tokens[:, None]).double().sum())
         if abs(plain - shared) <= TOLERANCE.get(self.model.dtype, 0.3):
@@ -245,43 +210,3 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             type(self.model).__name__,
             reason,
         )
-
-
-def _lay_out(
-    positions: Tensor, allowed: Tensor, head: int, pad: int, width: int, parents: Sequence[int]
-) -> None:
-    """Fill one row's position ids [length] and what each of its tokens may look at
-    [length, head + length]: padding up to `pad`, the context up to `width`, then the trie."""
-    positions[pad:width] = torch.arange(head, head + width - pad)
-    allowed[pad:, :head] = True
-    allowed[pad:width, head + pad : head + width] = torch.ones(
-        width - pad, width - pad, dtype=torch.bool
-    ).tril()
-    allowed[width : width + len(parents), head + pad : head + width] = True
-    for node, parent in enumerate(parents):
-        # Parent -1 is the context's last token, in row width - 1.
-        row, above = width + node, width + parent
-        if parent >= 0:
-            allowed[row] = allowed[above]
-        allowed[row, head + row] = True
-        positions[row] = positions[above] + 1
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _score_paths(logits: Tensor, trie: Trie) -> list[tuple[float, bool]]:
-    """Score a context's continuations from logits [1 + nodes, vocabulary]."""
-    total, best = logits.logsumexp(dim=-1), logits.amax(dim=-1)
-    rows = torch.tensor([node + 1 for path in trie.scores for node, _ in path])
-    tokens = torch.tensor([token for path in trie.scores for _, token in path])
-    rows, tokens = rows.to(logits.device), tokens.to(logits.device)
-    chosen = logits[rows, tokens]
-    values = (chosen - total[rows]).double().cpu().tolist()
-    greedy = (chosen == best[rows]).cpu().tolist()
-    scored, at = [], 0
-    for path in trie.scores:
-        scored.append((sum(values[at : at + len(path)]), all(greedy[at : at + len(path)])))
-        at += len(path)
-    return scored
