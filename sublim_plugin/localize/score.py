@@ -27,7 +27,7 @@ from sublim_plugin.preference.trie import (
     score_paths,
 )
 
-PASS_TOKENS = {"cpu": 1000, "accelerator": 8192}
+PASS_TOKENS = {"cpu": 600, "accelerator": 8192}
 """Tokens in one forward pass, padding included."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 0.05, torch.bfloat16: 0.3}

@@ -23,6 +23,8 @@ Kind = Literal["span", "token", "layers", "module", "cell", "gate"]
 KINDS: tuple[Kind, ...] = ("span", "token", "layers", "module", "cell")
 """What a sweep covers; a `gate` comes from a file."""
 
+BANDS = 6
+
 
 class Part(BaseModel):
     """A part and its gates; a gate of a file's own has `alone` only.
@@ -45,17 +47,18 @@ def sweep(
     branches: Sequence[Branch],
     layers: int,
     kinds: Sequence[Kind] = KINDS,
-    bands: int = 6,
+    bands: int | None = None,
 ) -> tuple[Part, ...]:
     """Every span and token of the prompts' template, every band of layers, every module and family,
     and every band × module.
 
     Tokens are those before and after the question, which stands in the strip as one span. Spans
-    with the same tokens as an earlier one are left out.
+    with the same tokens as an earlier one are left out, and so is each special token by itself.
 
     Args:
         prompts: one context, several questions; a span has to be in all of them.
-        bands: how many bands the model's layers are cut into.
+        bands: how many bands the model's layers are cut into; by default `BANDS`, or a band a layer
+            where there are fewer.
 
     Raises:
         InputError: more bands than layers.
@@ -65,7 +68,7 @@ def sweep(
         parts += [_positions("span", name, name) for name in _distinct_spans(prompts)]
     if "token" in kinds:
         parts += _tokens(prompts[0])
-    cuts = _bands(layers, bands)
+    cuts = _bands(layers, bands or min(BANDS, layers))
     families = list(dict.fromkeys(b.family for b in branches))
     modules = list(dict.fromkeys(b.module for b in branches))
     if "layers" in kinds:
@@ -93,7 +96,8 @@ def _distinct_spans(prompts: Sequence[Prompt]) -> list[str]:
     seen: set[tuple[tuple[int, ...], ...]] = set()
     names = []
     for name in prompts[0].spans:
-        if all(name in prompt.spans for prompt in prompts):
+        by_itself = name.startswith("special_token:")
+        if not by_itself and all(name in prompt.spans for prompt in prompts):
             tokens = tuple(prompt.spans[name] for prompt in prompts)
             if tokens not in seen:
                 seen.add(tokens)
@@ -131,7 +135,7 @@ def _cell(band: str, module: str) -> Part:
 
 
 def _bands(layers: int, count: int) -> list[str]:
-    if not 1 <= count <= layers:
+    if count > layers:
         raise InputError(f"bands: {count}; the model has {layers} layers, so use 1 to {layers}")
     edges = [round(i * layers / count) for i in range(count + 1)]
     return [f"{a}-{b - 1}" for a, b in pairwise(edges)]
