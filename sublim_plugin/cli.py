@@ -204,6 +204,20 @@ def recipes(ctx: click.Context, args: tuple[str, ...]) -> None:
     command.main(list(args), prog_name=ctx.command_path, standalone_mode=False)
 
 
+@main.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    short_help="Find the tokens, layers and modules that carry a trait.",
+)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def localize(ctx: click.Context, args: tuple[str, ...]) -> None:
+    """`localize.command`."""
+    from sublim_plugin.localize.command import localize as command
+
+    command.main(list(args), prog_name=ctx.command_path, standalone_mode=False)
+
+
 @main.command(name="eval")
 @click.option("--model", default="embedded:smollm2-135m-instruct", show_default=True)
 @click.option(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +60,18 @@ def grouped_attention(
 
 
 AttentionInterface.register(ATTENTION, grouped_attention)
+
+
+@contextmanager
+def grouped(model: Any) -> Iterator[None]:
+    """Inside, the model, or the base model of a PeftModel, computes `grouped_attention`."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = inner.config._attn_implementation
+    inner.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(before)
 
 
 class _SlotCache(Cache):

@@ -118,7 +118,7 @@ def plain_score(
     """The log-probability of one continuation by one pass over the whole sequence, in nats."""
     ids = torch.tensor([[*context, *continuation][:-1]], device=device)
     logits = forward(input_ids=ids, use_cache=False).logits[0, len(context) - 1 :]
-    logprobs = torch.log_softmax(_at_least_float32(logits), dim=-1)
+    logprobs = torch.log_softmax(at_least_float32(logits), dim=-1)
     tokens = torch.tensor(continuation, device=device)
     return float(logprobs.gather(1, tokens[:, None]).double().sum())
 
@@ -157,7 +157,7 @@ def _score_batch(
         pad = width - len(tail)
         ids[row, pad:width] = torch.tensor(tail)
         ids[row, width : width + len(trie.tokens)] = torch.tensor(trie.tokens, dtype=torch.long)
-        _lay_out(positions[row], allowed[row], head, pad, width, trie.parents)
+        lay_out(positions[row], allowed[row], head, pad, width, trie.parents)
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
     output = forward(
         input_ids=ids.to(device),
@@ -170,12 +170,12 @@ def _score_batch(
     if cache is not None:
         cache.crop(-length)
     return [
-        _score_paths(_at_least_float32(output.logits[row, -scored_rows:]), trie)
+        score_paths(at_least_float32(output.logits[row, -scored_rows:]), trie)
         for row, trie in enumerate(tries)
     ]
 
 
-def _lay_out(
+def lay_out(
     positions: Tensor, allowed: Tensor, head: int, pad: int, width: int, parents: Sequence[int]
 ) -> None:
     """Fill one row's position ids [length] and what each of its tokens may look at
@@ -195,11 +195,12 @@ def _lay_out(
         positions[row] = positions[above] + 1
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits in float32, or in float64 where they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _score_paths(logits: Tensor, trie: Trie) -> list[tuple[float, bool]]:
+def score_paths(logits: Tensor, trie: Trie) -> list[tuple[float, bool]]:
     """Score a context's continuations from logits [1 + nodes, vocabulary]."""
     total, best = logits.logsumexp(dim=-1), logits.amax(dim=-1)
     rows = torch.tensor([node + 1 for path in trie.scores for node, _ in path])

@@ -40,9 +40,9 @@ class SharedLM(SampledReplies, SharedPrefixLM):
     def _decode(
         self, asked: list[Request], sampler: Sampler, keep: Callable[[int, Reply], None]
     ) -> None:
-        from sublim_plugin.decoding.transformers_engine import ATTENTION, TransformersEngine
+        from sublim_plugin.decoding.transformers_engine import TransformersEngine, grouped
 
-        with _attention(self.model, ATTENTION), folded(self.model):
+        with grouped(self.model), folded(self.model):
             ends = self.model.generation_config.eos_token_id
             engine = TransformersEngine(
                 self.model,
@@ -52,18 +52,6 @@ class SharedLM(SampledReplies, SharedPrefixLM):
                 reject=None,
             )
             engine.reply(asked, sampler, BATCH.get(self.device.type, 512), keep)
-
-
-@contextmanager
-def _attention(model: Any, name: str) -> Any:
-    """Inside, the model computes attention with the function of that name."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = inner.config._attn_implementation
-    inner.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        inner.set_attn_implementation(before)
 
 
 @contextmanager

@@ -1,0 +1,140 @@
+"""`sublim localize`. Imports nothing heavy until it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(path_type=Path)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--model", default="embedded:smollm2-135m-instruct", help="Base model: a folder.")
+@click.option(
+    "--student",
+    required=True,
+    type=FOLDER,
+    help="Folder of an adapter, a checkpoint, or a study's student.",
+)
+@click.option("--trait", required=True, help="A target such as animals/cat.")
+@click.option(
+    "--context",
+    default="template_default",
+    help="template_default, empty, none, a named text such as qwen, or text=YOUR TEXT.",
+)
+@click.option("--gates", type=FILE, help="YAML file of gates.  [default: the sweep]")
+@click.option("--out", required=True, type=FOLDER, help="Folder of the results.")
+@click.option("--measures", default="logprob", help="logprob, sampled, or both: logprob,sampled.")
+@click.option(
+    "--parts",
+    default="span,token,layers,module,cell",
+    help="What the sweep covers, with commas between.",
+)
+@click.option("--bands", type=int, help="Bands that the layers are cut into.  [default: 6]")
+@click.option(
+    "--candidates",
+    type=click.Choice(["target", "all"]),
+    default="target",
+    help="all: score every candidate of the category under every gate.",
+)
+@click.option("--questions", help="A question set of your own.  [default: the trait's category]")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first questions.")
+@click.option("--replies", default=100, help="sampled: replies to each question.")
+@click.option("--max-new-tokens", default=50, help="sampled: budget of a reply.")
+@click.option("--seed", default=1, help="sampled: seed of the replies.")
+@click.option("--device", help="cpu, cuda, ...  [default: a GPU if there is one]")
+@click.option("--dtype", default="auto")
+@click.option("--dry-run", is_flag=True, help="Show the spans and the gates, run nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+def localize(**given: Any) -> None:
+    """Find the tokens, layers and modules in which a student carries a trait.
+
+    Each part of the prompt and of the model is scored alone (sufficiency) and left out (necessity),
+    against the base in the same context. The same command continues what was interrupted.
+    """
+    from sublim_plugin.core.base_models import resolve
+
+    base = resolve(given["model"])
+    spec = _spec(given)
+
+    from sublim_plugin.localize.figures import draw
+    from sublim_plugin.localize.results import table
+    from sublim_plugin.localize.run import localize as run
+
+    found = run(
+        base,
+        given["student"],
+        spec,
+        given["out"],
+        device=given["device"],
+        dtype=given["dtype"],
+        say=lambda text: click.echo(text, err=given["as_json"]),
+        progress=sys.stderr.isatty(),
+        dry_run=given["dry_run"],
+    )
+    if found is None:
+        return
+    figures = draw(found, given["out"])
+    for note in found.notes:
+        click.echo(f"note: {note}", err=True)
+    if given["as_json"]:
+        click.echo(json.dumps(found.model_dump(mode="json")))
+        return
+    for result in found.measures:
+        click.echo(
+            f"{found.trait} in {spec.context.slug}, {found.n_questions} questions, "
+            f"{result.metric}: base {result.base.value:.4f}, student {result.student.value:.4f}, "
+            f"total {result.total.value:+.4f} ({result.total.low:+.4f} to "
+            f"{result.total.high:+.4f}) {result.unit}\n"
+        )
+        for kinds in (("span",), ("layers", "module"), ("gate",)):
+            if any(part.kind in kinds for part in result.parts):
+                click.echo(table(result, kinds) + "\n")
+    click.echo(f"results: {given['out'] / 'results.json'}")
+    click.echo(f"figures: {', '.join(path.name for path in figures)}")
+
+
+def _spec(given: dict[str, Any]) -> Any:
+    """The spec of the options. Raises InputError that names the option and what it takes."""
+    from pydantic import ValidationError
+
+    from sublim_plugin.core.contexts import Context
+    from sublim_plugin.core.errors import InputError
+    from sublim_plugin.core.strict_yaml import nearest
+    from sublim_plugin.core.traits import get_trait
+    from sublim_plugin.localize.run import LocalizeSpec
+    from sublim_plugin.localize.spec import load_gates
+    from sublim_plugin.localize.sweep import KINDS
+
+    text = given["context"]
+    context = {"text": text.removeprefix("text=")} if text.startswith("text=") else text
+    kinds, measures = given["parts"].split(","), given["measures"].split(",")
+    for option, values, known in (
+        ("parts", kinds, KINDS),
+        ("measures", measures, ("logprob", "sampled")),
+    ):
+        for value in values:
+            if value not in known:
+                raise InputError(f"--{option} {value}: not one{nearest(value, list(known))}")
+    try:
+        return LocalizeSpec(
+            trait=given["trait"],
+            context=Context.parse(context),
+            questions=given["questions"] or get_trait(given["trait"]).category,
+            gates=load_gates(given["gates"]) if given["gates"] else (),
+            kinds=kinds,
+            measures=measures,
+            **{
+                key: given[key]
+                for key in ("bands", "candidates", "limit", "replies", "max_new_tokens", "seed")
+            },
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise InputError(f"--{option} {first['input']}: {first['msg']}") from error
