@@ -198,8 +198,8 @@ def tables(draws: int, slow_draws: int) -> Iterator[str]:
         "|---|---|---|",
     ]
     for kind in CLUSTERED:
-        shares = tuple(equivalence_errors(kind, slow_draws, d) for d in (6, 12))
-        row = " | ".join(f"{share:.3f}" for share in shares)
+        errors = [equivalence_errors(kind, slow_draws, d) for d in (6, 12)]
+        row = " | ".join(f"{share:.3f}" for share in errors)
         lines.append(f"| equivalence, mean on the margin, {kind} | {row} |")
     flat = " | ".join(f"{flat_errors(slow_draws // 4, d):.3f}" for d in (6, 12))
     twelve = against_best_errors(slow_draws, 12)

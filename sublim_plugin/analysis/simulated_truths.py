@@ -11,7 +11,7 @@ import numpy as np
 from sublim_plugin.analysis.arrays import Floats
 from sublim_plugin.analysis.mixed import logit_of_count
 
-RANKS: Floats = 2.0 ** np.arange(10)
+RANKS: Floats = np.exp2(np.arange(10.0))
 X: Floats = np.log2(RANKS)
 DATASET_SD = 0.8
 CELL_SD = 0.8

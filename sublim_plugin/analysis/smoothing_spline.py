@@ -11,7 +11,7 @@ import numpy as np
 
 from sublim_plugin.analysis.arrays import Bools, Floats
 
-_SMOOTHING = np.exp(np.linspace(-14.0, 16.0, 241))
+_SMOOTHING = np.exp(np.linspace(-12.0, 16.0, 701))
 """Grid of smoothing parameters, relative to the penalty's mean curvature."""
 
 
