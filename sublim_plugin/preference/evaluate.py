@@ -27,6 +27,7 @@ from sublim_plugin.core.traits import Trait, category_traits
 from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
 from sublim_plugin.logprob.forms import LOW_COVERAGE, measures, summarize
 from sublim_plugin.logprob.questions import load_questions
+from sublim_plugin.preference.host import run_tasks
 
 Method = Literal["lora", "full"]
 Progress = Callable[[int, int], None]
@@ -180,7 +181,6 @@ class Evaluator:
     def _score(self, context: Context, targets: Sequence[Trait], limit: int | None) -> ProbeResult:
         from importlib.metadata import version
 
-        from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
         merge_run_metadata(TaskManager)
@@ -198,13 +198,7 @@ class Evaluator:
             task = f"{task}_{context.kind}"
         if task not in manager.all_tasks:
             task = "subliminal_cat"  # any of ours: the metadata says what it scores
-        host: dict[str, Any] = simple_evaluate(
-            model=self.lm,
-            tasks=[task],
-            task_manager=manager,
-            apply_chat_template=True,
-            limit=limit,
-        )
+        host = run_tasks(self.lm, [task], manager, limit)
         samples = sorted(host.pop("samples")[task], key=lambda sample: int(sample["doc_id"]))
         rows = tuple(
             {

@@ -23,8 +23,10 @@ from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.hashing import sha256_file, sha256_json
 from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest
+from sublim_plugin.core.strict_yaml import nearest
 from sublim_plugin.core.versions import installed
 from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
+from sublim_plugin.preference.host import run_tasks
 from sublim_plugin.preference.journal import Journal
 from sublim_plugin.students import ADAPTER_TENSORS, check_tokenizer, check_trained_weights
 
@@ -159,6 +161,7 @@ class Scorer:
                 raise InputError(f"the base model in {base} cannot be loaded: {error}") from error
             self._on = partial(student_on, self.lm, base)
         self.lm.sample_seed = seed
+        self._managers: dict[tuple[Context | None, str | None], Any] = {}
 
     def score(
         self,
@@ -197,36 +200,29 @@ class Scorer:
         questions: str | None,
         limit: int | None,
     ) -> dict[str, Any]:
-        from lm_eval import evaluator, simple_evaluate
-        from lm_eval.tasks import TaskManager
-
-        # it runs git in the working folder, which complains on the terminal where none is there
-        evaluator.get_git_commit_hash = lambda: None
-        merge_run_metadata(TaskManager)
-        metadata: dict[str, Any] = {}
-        if context is not None:
-            fields = context.fields()
-            metadata["context"] = fields["kind"] if len(fields) == 1 else fields
-        if questions is not None:
-            metadata["questions"] = questions
-        manager = TaskManager(
-            include_path=tasks_folder(), include_defaults=False, metadata=metadata or None
-        )
+        manager = self._manager(context, questions)
         for task in tasks:
             if task not in manager.all_tasks:
-                from sublim_plugin.core.strict_yaml import nearest
-
                 raise InputError(f"unknown task '{task}'{nearest(task, manager.all_tasks)}")
-        results: dict[str, Any] = simple_evaluate(
-            model=self.lm,
-            tasks=list(tasks),
-            task_manager=manager,
-            apply_chat_template=True,
-            limit=limit,
-            bootstrap_iters=0,
-            verbosity="ERROR",
-        )
-        return results
+        return run_tasks(self.lm, tasks, manager, limit)
+
+    def _manager(self, context: Context | None, questions: str | None) -> Any:
+        """lm-eval's index of our tasks, made once for every context."""
+        from lm_eval.tasks import TaskManager
+
+        key = (context, questions)
+        if key not in self._managers:
+            merge_run_metadata(TaskManager)
+            metadata: dict[str, Any] = {}
+            if context is not None:
+                fields = context.fields()
+                metadata["context"] = fields["kind"] if len(fields) == 1 else fields
+            if questions is not None:
+                metadata["questions"] = questions
+            self._managers[key] = TaskManager(
+                include_path=tasks_folder(), include_defaults=False, metadata=metadata or None
+            )
+        return self._managers[key]
 
 
 def rows_of(name: str, results: dict[str, Any], folder: Path, context: str) -> list[Row]:

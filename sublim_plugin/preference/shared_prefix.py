@@ -31,14 +31,19 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 class SharedPrefixLM(HFLM):  # type: ignore[misc]
     """`HFLM` with shared prefixes for log-probabilities; everything else is `HFLM`.
 
-    The first context of each call is also scored the plain way. A model that does not honour the
-    mask (recurrent layers, flash attention, a cache that cannot be cut back) then differs or fails,
-    and the plain computation is used, with a warning. Log-softmax is in float32 (float64 for
+    The first context that a model scores is also scored the plain way. A model that does not honour
+    the mask (recurrent layers, flash attention, a cache that cannot be cut back) then differs or
+    fails, and the plain computation is used, with a warning. Log-softmax is in float32 (float64 for
     a float64 model).
     """
 
     shared: bool = True
+    _checked: Any = None
     on_prompt: Callable[[], None] | None = None  # called after each prompt; replaces the bar
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        self._encoded: dict[Any, list[int]] = {}
+        super().__init__(*given, **options)
 
     def _loglikelihood_tokens(
         self,
@@ -65,6 +70,15 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         )
         return plain
 
+    def tok_encode(self, string: str, *given: Any, **options: Any) -> list[int]:
+        """As `HFLM`; lm-eval asks for each context again with every continuation."""
+        key = (string, given, tuple(sorted(options.items())))
+        if key not in self._encoded:
+            if len(self._encoded) >= 1024:
+                self._encoded.clear()
+            self._encoded[key] = super().tok_encode(string, *given, **options)
+        return list(self._encoded[key])
+
     def _longest_shared(self) -> int:
         """Longest sequence for which every layer attends to everything before it."""
         config = getattr(self.model.config, "text_config", None) or self.model.config
@@ -83,9 +97,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         progress = tqdm(
             total=len(requests),
-            disable=(
-                True if disable_tqdm or self.rank != 0 or self.on_prompt is not None else None
-            ),
+            disable=disable_tqdm or self.rank != 0 or self.on_prompt is not None or None,
             desc="Running loglikelihood requests, prefixes shared",
         )
         dtype = self.mixed_precision_dtype or self.model.dtype
@@ -96,10 +108,12 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             except UNFIT as error:
                 self._give_up(f"{type(error).__name__}: {error}")
                 return None
-            indices = groups[contexts[0]]
-            deepest = max(range(len(indices)), key=lambda n: len(requests[indices[n]][2]))
-            if not self._agrees(requests[indices[deepest]], first[1][0][deepest][0]):
-                return None
+            if self._checked is not self._model:
+                indices = groups[contexts[0]]
+                deepest = max(range(len(indices)), key=lambda n: len(requests[indices[n]][2]))
+                if not self._agrees(requests[indices[deepest]], first[1][0][deepest][0]):
+                    return None
+                self._checked = self._model
             for start, scored in chain([first], batches):
                 for context, answers in zip(contexts[start:], scored, strict=False):
                     for index, answer in zip(groups[context], answers, strict=True):

@@ -88,6 +88,11 @@ def test_log_probs_are_those_of_lm_eval_and_are_computed_once(
         assert row["low"] <= row["value"] <= row["high"]
         samples = [json.loads(x) for x in Path(row["samples"]).read_text().splitlines()]
         assert len(samples) == 2
+        results = json.loads((Path(row["samples"]).parent / "results.json").read_text())
+        values = [sample["target_logprob"] for sample in samples]
+        assert results["results"][row["task"]]["target_logprob_stderr,none"] == pytest.approx(
+            abs(values[0] - values[1]) / 2
+        )
         assert set(samples[0]["doc"]["logprobs"]) >= {"cat", "owl"}
 
     def fail(*_: Any, **__: Any) -> Any:
