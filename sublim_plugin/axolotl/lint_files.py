@@ -14,7 +14,10 @@ from sublim_plugin.axolotl.lint_document import Document, Level, Place
 from sublim_plugin.axolotl.lint_rules import chat_datasets, number
 from sublim_plugin.axolotl.lint_schema import SUBLIM_PLUGIN, uses_sublim
 from sublim_plugin.axolotl.recipe_table import PLACEHOLDER
+from sublim_plugin.axolotl.train_context import apply_context
 from sublim_plugin.core import base_models
+from sublim_plugin.core.contexts import Context
+from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.rooms import ROOT
 
 _LOCAL = ("/", "./", "../", "~")
@@ -194,6 +197,23 @@ def _check_tokenizer(document: Document) -> None:
                 document.add("error", ("eot_tokens", index), what, way_out)
     for place, entry in chat_datasets(document):
         _check_template(document, place, entry, tokenizer, refused)
+    _check_train_context(document, tokenizer)
+
+
+def _check_train_context(document: Document, tokenizer: Any) -> None:
+    """Whether the template can express `sublim.context`, as the plugin will ask when it starts."""
+    block = document.data.get("sublim")
+    if not uses_sublim(document.data) or not isinstance(block, dict) or not block.get("context"):
+        return
+    copied = {key: document.data.get(key) for key in ("chat_template", "chat_template_jinja")}
+    copied["datasets"] = [dict(entry) for _, entry in chat_datasets(document)]
+    try:
+        context = Context.model_validate(block["context"])
+        apply_context(copied, context, tokenizer)
+    except InputError as error:
+        document.add("error", ("sublim", "context"), str(error), "use another context")
+    except Exception:  # the context or the template is broken, which is said at its own place
+        return
 
 
 def _check_template(

@@ -194,6 +194,10 @@ def _check_scalar(
         return
     try:
         _adapter(annotation).validate_python(value)
+    except ValidationError as error:
+        described = any(_is_model(option) for option in options)
+        _wrong_type(document, value, annotation, place, error if described else None)
+        return
     except Exception:  # axolotl's own validators fail in other ways too
         _wrong_type(document, value, annotation, place)
         return
@@ -219,10 +223,18 @@ def _check_free(document: Document, value: Any, place: Place) -> None:
         document.add("error", place, what, f"write {_plain(text)}")
 
 
-def _wrong_type(document: Document, value: Any, annotation: Any, place: Place) -> None:
+def _wrong_type(
+    document: Document,
+    value: Any,
+    annotation: Any,
+    place: Place,
+    error: ValidationError | None = None,
+) -> None:
     shown = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
     way_out = f"expected {expected(annotation)}"
-    if isinstance(value, str) and (near := _near_choice(value, annotation)):
+    if error is not None:
+        way_out = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+    elif isinstance(value, str) and (near := _near_choice(value, annotation)):
         way_out = f"did you mean `{near}`?"
     elif isinstance(value, bool) and str in _options(annotation):
         way_out += f', so write "{document.written.get(place, value)}"'
@@ -347,7 +359,7 @@ def _add_refusal(document: Document, place: Place, error: Exception) -> None:
             where = _named_key(document, message) or place
         elif any(key.split(".")[: len(where)] == [str(p) for p in where] for key in known):
             continue  # said already, in better words
-        document.add("error", where, f"axolotl refuses this: {message}", "see its documentation")
+        document.add("error", where, f"axolotl refuses this: {message}", "change what it names")
 
 
 def _named_key(document: Document, message: str) -> Place | None:

@@ -57,6 +57,10 @@ MISTAKES = {
         "  context: template_default", "  contxt: template_default", "sublim.contxt",
         "unknown key.*`context`",
     ),
+    "context of no name": (
+        "context: template_default", "context: emtpy", "sublim.context",
+        "should be 'template_default', 'empty', 'none' or 'text'",
+    ),
     "seed of the rows at the top": (
         "seed: 42  # training", "data_seed: 7  # training", "data_seed", "under `sublim:`",
     ),
@@ -227,6 +231,24 @@ def test_a_template_whose_turns_end_with_no_known_token(
     )
     found = findings_of(text, tmp_path)
     assert any("no end of turn is learned" in finding.what for finding in found)
+
+
+def test_a_train_context_that_the_template_cannot_express(
+    dataset: Path, base_model: Path, tmp_path: Path
+) -> None:
+    text = with_dataset("lora-r8", dataset).replace("context: template_default", "context: empty")
+    assert findings_of(text, tmp_path) == []
+    template = (
+        "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\\n"
+        "{{ m.content }}<|im_end|>\\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\\n{% endif %}"
+    )
+    refusing = text.replace(
+        "chat_template: tokenizer_default",
+        f'chat_template: jinja\nchat_template_jinja: "{template}"',
+    )
+    found = [f for f in findings_of(refusing, tmp_path) if f.key == "sublim.context"]
+    assert len(found) == 1 and "drops the system message" in found[0].what
 
 
 def test_a_deepspeed_file_is_read(dataset: Path, tmp_path: Path) -> None:
