@@ -47,6 +47,7 @@ def curves(
     generator: np.random.Generator,
     *,
     own_shape: float = 0.0,
+    cell_sd: float = CELL_SD,
 ) -> Floats:
     """Rank curves around a truth (N, D, K): a level per dataset, noise per cell.
 
@@ -55,7 +56,7 @@ def curves(
     """
     size = (draws, n_datasets)
     values = truth_K + generator.normal(0, DATASET_SD, (*size, 1))
-    values = values + generator.normal(0, CELL_SD, (*size, len(truth_K)))
+    values = values + generator.normal(0, cell_sd, (*size, len(truth_K)))
     for wave in (1, 2):
         turn_K = np.cos(np.pi * wave * np.linspace(0, 1, len(truth_K)))
         values = values + own_shape * generator.normal(size=(*size, 1)) * turn_K

@@ -156,7 +156,10 @@ def _point_line(x: Floats, y: Floats, at: float, side: int) -> tuple[float, floa
     regression: Any = import_module("statsmodels.regression.linear_model")
     own = (x <= at) if side == 0 else (x >= at)
     off = x - at
-    design = np.column_stack([np.ones_like(x), ~own, np.where(own, off, 0), np.where(own, 0, off)])
+    columns = [np.ones_like(x), ~own, np.where(own, off, 0)]
+    if len(np.unique(x[~own])) > 1:
+        columns.append(np.where(own, 0, off))
+    design = np.column_stack(columns)
     result = regression.OLS(y, design.astype(float)).fit()
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = result.get_robustcov_results("HC3").cov_params()[2, 2]

@@ -3,8 +3,8 @@
 r_reference.json was written by R 4.2.2 with mgcv 1.8-41, sandwich 3.0-2 and lmtest 0.9-40, running
 the statements of `twolines` 0.52 (from its GAM to its last regression) and of `utest` 0.3.0 on the
 data stored beside the results: the example of each package's help page, with a seed, and grids like
-ours. Both packages publish examples without numbers; `test_published_*` quote outputs of the u-test's
-Stata version.
+ours. Both packages publish examples without numbers; `test_published_*` quote outputs of the
+u-test's Stata version.
 """
 
 from __future__ import annotations
