@@ -48,6 +48,7 @@ from sublim_plugin.core.base_models import EMBEDDED, resolve
 from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
 from sublim_plugin.logprob.token_tree import build_trie, common_prefix
 from sublim_plugin.preference.evaluate import student_on
+from sublim_plugin.preference.host import run_tasks
 from sublim_plugin.preference.replies import BATCH, stated_sampler
 from sublim_plugin.preference.shared_lm import SharedLM
 
@@ -79,22 +80,27 @@ def adapters(base: Path, folder: Path, n: int) -> list[Path]:
 
 
 def run_task(lm: Any, task: str, limit: int) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds of lm-eval's `simple_evaluate` on a loaded model, and its samples in order."""
+    """Seconds of one evaluation on a loaded model, and its samples in order: for ours as `sublim
+    eval` does it, for the others by lm-eval's `simple_evaluate`."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     merge_run_metadata(TaskManager)
     manager = TaskManager(include_path=tasks_folder(), include_defaults=False)
     began = time.perf_counter()
-    results: Any = simple_evaluate(
-        model=lm,
-        tasks=[task],
-        task_manager=manager,
-        apply_chat_template=True,
-        limit=limit,
-        bootstrap_iters=0,
-        verbosity="ERROR",
-    )
+    results: Any
+    if isinstance(lm, SharedLM):
+        results = run_tasks(lm, [task], manager, limit)
+    else:
+        results = simple_evaluate(
+            model=lm,
+            tasks=[task],
+            task_manager=manager,
+            apply_chat_template=True,
+            limit=limit,
+            bootstrap_iters=1,
+            verbosity="ERROR",
+        )
     seconds = time.perf_counter() - began
     return seconds, sorted(results["samples"][task], key=lambda sample: int(sample["doc_id"]))
 
@@ -381,7 +387,7 @@ def main() -> None:
             if given.quick:
                 found |= sampled(base, made[0], 1, (64,))
             else:
-                found |= sampled(base, made[0], 50 if given.full else 6, (32, 64, 100))
+                found |= sampled(base, made[0], 50 if given.full else 8, (64, 100))
     print(json.dumps({key: round(value, 3) for key, value in found.items()}))
 
 
