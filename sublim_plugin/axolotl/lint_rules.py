@@ -7,11 +7,13 @@ our plugin is listed and a note elsewhere, since it may be just what another pro
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sublim_plugin.axolotl.lint_document import Document, Level, Place
 from sublim_plugin.axolotl.lint_schema import SUBLIM_PLUGIN, uses_sublim
+from sublim_plugin.axolotl.recipe_table import MODELS, Method, settings_of
 
 _POSITIVE = (
     "lora_r", "lora_alpha", "learning_rate", "micro_batch_size", "gradient_accumulation_steps",
@@ -163,6 +165,7 @@ def _check_steps(document: Document, serious: Level) -> None:
         if data.get(key):
             what = f"changes which rows share a step: {effect}"
             document.add(serious, (key,), what, "set it to false to train as the recipes do")
+    _check_rows_of_a_step(document)
     block = data.get("sublim")
     context = isinstance(block, dict) and block.get("context")
     if uses_sublim(data) and data.get("sample_packing") and context:
@@ -180,6 +183,26 @@ def _check_steps(document: Document, serious: Level) -> None:
             "rows are shuffled twice, here by `seed` and again by the sampler's `data_seed`",
             "set it to false",
         )
+
+
+def _check_rows_of_a_step(document: Document) -> None:
+    """Rows of a step against the recipes' where the model is one of the paper's."""
+    data = document.data
+    method: Method = "lora" if data.get("adapter") else "full"
+    keys = ("micro_batch_size", "gradient_accumulation_steps")
+    sizes = [number(data.get(key)) for key in keys]
+    for model in MODELS:
+        recipe = settings_of(model, method, "")
+        if data.get("base_model") != recipe["base_model"].value or not uses_sublim(data):
+            continue
+        wanted = [recipe[key].value for key in keys]
+        if None not in sizes and math.prod(float(size or 0) for size in sizes) != math.prod(wanted):
+            here = keys[1] if sizes[0] == wanted[0] else keys[0]
+            what = (
+                f"{sizes[0]:g} x {sizes[1]:g} rows share a step on one GPU; the recipe has"
+                f" {wanted[0]} x {wanted[1]}"
+            )
+            document.add("note", (here,), what, "keep their product, over all GPUs")
 
 
 def _check_loss(document: Document, serious: Level) -> None:

@@ -112,6 +112,10 @@ MISTAKES = {
     "batch size of the memory": (
         "fp16: false", "auto_find_batch_size: true", "auto_find_batch_size", "share a step",
     ),
+    "other rows in a step": (
+        "gradient_accumulation_steps: 1", "gradient_accumulation_steps: 4",
+        "gradient_accumulation_steps", r"8 x 4 rows share a step.*8 x 1",
+    ),
     "two shuffles": (
         "shuffle_merged_datasets: false", "shuffle_merged_datasets: true",
         "shuffle_merged_datasets", "shuffled twice",
