@@ -64,23 +64,33 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def logprob_scores(work: Work, all_candidates: bool) -> Found:
+def logprob_scores(
+    work: Work,
+    gates: Mapping[str, tuple[Resolved, ...]],
+    all_candidates: bool,
+    variant: str = "",
+) -> Found:
     """log P(the reply begins with the target) for every gate and question, in nats.
 
     Beside it the means of `forms.METRICS` for the base and the student, and with `all_candidates`
     for every gate; else, what P(target) does not need is not computed under the gates.
+
+    Args:
+        gates: hash -> the gate on each prompt.
+        variant: names what was changed about the student's weights; its answers are kept apart.
     """
     target = work.trait.target
     plans = [place_forms(work.tokenizer, p.rendered, work.candidates) for p in work.prompts]
-    narrow = [_narrowed(plan, target) for plan in plans]
+    narrow = [narrowed(plan, target) for plan in plans]
     asked: dict[str, tuple[Row, FormPlan]] = {}
     keys: dict[str, list[str]] = {}
-    for name, gates in work.gates.items():
+    for name, on_prompts in gates.items():
         chosen = plans if all_candidates or name in (BASE, STUDENT) else narrow
         keys[name] = []
-        for prompt, plan, gate in zip(work.prompts, chosen, gates, strict=True):
+        for prompt, plan, gate in zip(work.prompts, chosen, on_prompts, strict=True):
             row = Row(prompt.rendered.token_ids, tuple(form.tokens for form in plan.forms), gate)
-            k = key("logprob", gate.key, list(row.prompt), [list(c) for c in row.continuations])
+            what = [variant, gate.key, list(row.prompt), [list(c) for c in row.continuations]]
+            k = key("logprob", *what)
             keys[name].append(k)
             asked[k] = (row, plan)
     missing = [(k, *asked[k]) for k in asked if k not in work.journal.answers]
@@ -99,7 +109,7 @@ def logprob_scores(work: Work, all_candidates: bool) -> Found:
             work.journal.flush()
     answers = work.journal.answers
     scores = {name: [answers[k][target] for k in keys[name]] for name in keys}
-    whole = keys if all_candidates else (BASE, STUDENT)
+    whole = [name for name in keys if all_candidates or name in (BASE, STUDENT)]
     beside = {
         name: _means([measures(answers[k], target) for k in keys[name]], METRICS) for name in whole
     }
@@ -107,12 +117,12 @@ def logprob_scores(work: Work, all_candidates: bool) -> Found:
         f"coverage {beside[name]['coverage']:.2g} of the {name} is below {LOW_COVERAGE:g}: it "
         "rarely begins its reply with a candidate"
         for name in (BASE, STUDENT)
-        if beside[name]["coverage"] < LOW_COVERAGE
+        if name in beside and beside[name]["coverage"] < LOW_COVERAGE
     ]
     return Found(scores, beside, tuple(notes))
 
 
-def _narrowed(plan: FormPlan, target: str) -> FormPlan:
+def narrowed(plan: FormPlan, target: str) -> FormPlan:
     """The forms that P(target) needs: its own, and those of others that begin with one of them."""
     forms = tuple(form for form in plan.forms if target in (form.owner, form.inside))
     return FormPlan(tuple(dict.fromkeys([target, *(form.owner for form in forms)])), forms)

@@ -33,7 +33,7 @@ FILE = click.Path(path_type=Path)
 @click.option(
     "--parts",
     default="span,token,layers,module,cell",
-    help="What the sweep covers, with commas between.",
+    help="What the sweep covers, with commas between, or none.",
 )
 @click.option("--bands", type=int, help="Bands that the layers are cut into.  [default: 6]")
 @click.option(
@@ -47,6 +47,9 @@ FILE = click.Path(path_type=Path)
 @click.option("--replies", default=100, help="sampled: replies to each question.")
 @click.option("--max-new-tokens", default=50, help="sampled: budget of a reply.")
 @click.option("--seed", default=1, help="sampled: seed of the replies.")
+@click.option("--spectra", help="Score the top k singular directions and the rest: 1,2,4.")
+@click.option("--patch-into", help="Context of the base that activations are patched into.")
+@click.option("--divergence", type=FOLDER, help="Dataset made with --divergence.")
 @click.option("--device", help="cpu, cuda, ...  [default: a GPU if there is one]")
 @click.option("--dtype", default="auto")
 @click.option("--dry-run", is_flag=True, help="Show the spans and the gates, run nothing.")
@@ -63,8 +66,8 @@ def localize(**given: Any) -> None:
     spec = _spec(given)
 
     from sublim_plugin.localize.figures import draw
-    from sublim_plugin.localize.results import table
     from sublim_plugin.localize.run import localize as run
+    from sublim_plugin.localize.tables import text
 
     found = run(
         base,
@@ -85,35 +88,24 @@ def localize(**given: Any) -> None:
     if given["as_json"]:
         click.echo(json.dumps(found.model_dump(mode="json")))
         return
-    for result in found.measures:
-        click.echo(
-            f"{found.trait} in {spec.context.slug}, {found.n_questions} questions, "
-            f"{result.metric}: base {result.base.value:.4f}, student {result.student.value:.4f}, "
-            f"total {result.total.value:+.4f} ({result.total.low:+.4f} to "
-            f"{result.total.high:+.4f}) {result.unit}\n"
-        )
-        for kinds in (("span",), ("layers", "module"), ("gate",)):
-            if any(part.kind in kinds for part in result.parts):
-                click.echo(table(result, kinds) + "\n")
+    click.echo(text(found))
     click.echo(f"results: {given['out'] / 'results.json'}")
-    click.echo(f"figures: {', '.join(path.name for path in figures)}")
+    click.echo(f"figures: {', '.join(path.name for path in figures) or 'none'}")
 
 
 def _spec(given: dict[str, Any]) -> Any:
     """The spec of the options. Raises InputError that names the option and what it takes."""
     from pydantic import ValidationError
 
-    from sublim_plugin.core.contexts import Context
     from sublim_plugin.core.errors import InputError
     from sublim_plugin.core.strict_yaml import nearest
     from sublim_plugin.core.traits import get_trait
     from sublim_plugin.localize.run import LocalizeSpec
-    from sublim_plugin.localize.spec import load_gates
+    from sublim_plugin.localize.spec import PatchSpec, load_gates
     from sublim_plugin.localize.sweep import KINDS
 
-    text = given["context"]
-    context = {"text": text.removeprefix("text=")} if text.startswith("text=") else text
-    kinds, measures = given["parts"].split(","), given["measures"].split(",")
+    kinds: Any = [] if given["parts"] == "none" else given["parts"].split(",")
+    measures = given["measures"].split(",")
     for option, values, known in (
         ("parts", kinds, KINDS),
         ("measures", measures, ("logprob", "sampled")),
@@ -124,11 +116,16 @@ def _spec(given: dict[str, Any]) -> Any:
     try:
         return LocalizeSpec(
             trait=given["trait"],
-            context=Context.parse(context),
+            context=_context(given["context"]),
             questions=given["questions"] or get_trait(given["trait"]).category,
             gates=load_gates(given["gates"]) if given["gates"] else (),
             kinds=kinds,
             measures=measures,
+            spectra=given["spectra"].split(",") if given["spectra"] else (),
+            patch=PatchSpec(recipient=_context(given["patch_into"]))
+            if given["patch_into"]
+            else None,
+            divergence=given["divergence"],
             **{
                 key: given[key]
                 for key in ("bands", "candidates", "limit", "replies", "max_new_tokens", "seed")
@@ -138,3 +135,10 @@ def _spec(given: dict[str, Any]) -> Any:
         first = error.errors()[0]
         option = str(first["loc"][0]).replace("_", "-")
         raise InputError(f"--{option} {first['input']}: {first['msg']}") from error
+
+
+def _context(text: str) -> Any:
+    from sublim_plugin.core.contexts import Context
+
+    own = {"text": text.removeprefix("text=")} if text.startswith("text=") else text
+    return Context.parse(own)

@@ -20,10 +20,10 @@ from sublim_plugin.localize.results import (
     Measured,
     MeasureResult,
     PartResult,
-    csv_text,
-    flat,
+    Spectrum,
 )
 from sublim_plugin.localize.sweep import Kind
+from sublim_plugin.localize.tables import csv_text, flat
 
 WIDTH = 7.0
 """Inches: two columns of a paper; text is 8 pt at this size."""
@@ -75,6 +75,9 @@ def draw(localization: Localization, out: Path) -> list[Path]:
                 cells = [part for part in result.parts if part.kind == "cell"]
                 table = [flat(part) for part in cells]
                 written.append(_write(_map(cells, result), table, out / f"{prefix}map"))
+        if localization.spectra is not None:
+            rows = [_spectrum_row(one) for one in localization.spectra.modules]
+            written.append(_write(_spectra(rows), rows, out / "spectra"))
     return written
 
 
@@ -273,4 +276,31 @@ def _map(cells: Sequence[PartResult], result: MeasureResult) -> Any:
                           color="white" if dark else "black")  # fmt: skip
     bar = figure.colorbar(scale, ax=panels, aspect=25, pad=0.01)
     bar.set_label(f"effect on {result.metric}, {result.unit}")
+    return figure
+
+
+def _spectrum_row(one: Spectrum) -> dict[str, Any]:
+    fields = one.model_dump(exclude={"singular_values", "shape"})
+    values = " ".join(f"{value:.6g}" for value in one.singular_values)
+    return fields | {"shape": "x".join(map(str, one.shape)), "singular_values": values}
+
+
+def _spectra(rows: Sequence[dict[str, Any]]) -> Any:
+    modules = list(dict.fromkeys(row["module"] for row in rows))
+    layers = sorted({row["layer"] for row in rows})
+    by = {(row["module"], row["layer"]): row for row in rows}
+    figure = _figure(0.7 + 2 * (0.35 + 0.19 * len(modules)))
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, what in zip(panels, ("norm", "effective_rank"), strict=True):
+        grid = [
+            [by[m, layer][what] if (m, layer) in by else float("nan") for layer in layers]
+            for m in modules
+        ]
+        shown = axes.imshow(grid, cmap="viridis", vmin=0, aspect="auto")
+        axes.set_title(f"dW: {what.replace('_', ' ')}", loc="left")
+        axes.set_yticks(range(len(modules)), modules)
+        figure.colorbar(shown, ax=axes, pad=0.01, aspect=12)
+    step = max(1, len(layers) // 15)
+    panels[-1].set_xticks(range(0, len(layers), step), [str(x) for x in layers[::step]])
+    panels[-1].set_xlabel("layer")
     return figure

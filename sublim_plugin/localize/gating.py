@@ -40,7 +40,7 @@ class Gated:
 
     Attributes:
         model: the transformers causal LM to call, with `position_ids`.
-        branches: what a gate can turn on and off.
+        parts: the branches with their modules; branches: what a gate can turn on and off.
         layers: number of decoder layers.
     """
 
@@ -48,7 +48,7 @@ class Gated:
         self.model = model
         self.branches = tuple(part.branch for part in parts)
         self.layers = len(model.get_decoder().layers)
-        self._parts, self._axes = parts, axes
+        self.parts, self._axes = tuple(parts), axes
         self._codes = torch.empty(0, 0, dtype=torch.long)
         self._tables = torch.empty(0, 0, 0, dtype=torch.bool)
         self._which: list[int] = []
@@ -94,7 +94,7 @@ class Gated:
 
     def hook(self, index: int) -> Callable[..., Any]:
         """The forward hook of a part."""
-        student = self._parts[index].student
+        student = self.parts[index].student
 
         def hook(module: Any, args: Any, given: dict[str, Any], output: Tensor) -> Tensor | None:
             on = self._state[self._which[index]]

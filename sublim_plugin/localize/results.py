@@ -12,8 +12,6 @@ The sum is the total where the part and the rest act independently of each other
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -81,6 +79,97 @@ class MeasureResult(_Frozen):
     parts: tuple[PartResult, ...]
 
 
+Keep = Literal["top", "rest"]
+
+
+class Spectrum(_Frozen):
+    """The change of one matrix [out, in].
+
+    Attributes:
+        norm: Frobenius norm of dW.
+        effective_rank: exp of the entropy of the singular values over their sum (Roy and Vetterli,
+            "The effective rank", EUSIPCO 2007); 0 where dW is 0.
+        stable_rank: squared Frobenius norm over squared largest singular value.
+        singular_values: the largest, descending; at most 64.
+    """
+
+    name: str
+    layer: int | None
+    module: str
+    shape: tuple[int, int]
+    norm: float
+    effective_rank: float
+    stable_rank: float
+    singular_values: tuple[float, ...]
+
+
+class FilterScore(_Frozen):
+    """The student with the `top` k singular directions of every matrix alone, or with the `rest`;
+    `effect` is the difference from the base, `share` that over the student's."""
+
+    keep: Keep
+    k: int
+    effect: Measured
+    share: float | None
+
+
+class Spectra(_Frozen):
+    """Every matrix in the decoder's layers that the student changes, and its filtered scores."""
+
+    modules: tuple[Spectrum, ...]
+    scores: tuple[FilterScore, ...]
+
+
+class PatchScore(_Frozen):
+    """The base with activations put in at one token, minus the base without."""
+
+    at: str
+    token: str
+    effect: Measured
+
+
+class Patching(_Frozen):
+    """All places. `donor` is the student in its context, `recipient` the base in the other one, in
+    nats of log P(target); the first prompt of each is shown with the tokens marked."""
+
+    context: dict[str, str]
+    modules: tuple[str, ...]
+    layers: tuple[int, ...]
+    donor_marked: str
+    recipient_marked: str
+    donor: Measured
+    recipient: Measured
+    places: tuple[PatchScore, ...]
+
+
+class TokenScores(_Frozen):
+    """The tokens of one kind; means over rows of each row's mean over its tokens.
+
+    Attributes:
+        base, student: log-probability of the token that was written, in nats.
+        minus_base: their difference, with an interval over rows.
+        base_agrees, student_agrees: share of tokens that are the model's likeliest.
+    """
+
+    kind: Literal["divergent", "other"]
+    tokens: int
+    rows: int
+    base: Measured
+    student: Measured
+    minus_base: Measured
+    base_agrees: float
+    student_agrees: float
+
+
+class Divergence(_Frozen):
+    """A student on a dataset; `rows_sha256` is that of the rows' file."""
+
+    rows_sha256: str
+    context: dict[str, str]
+    kinds: tuple[TokenScores, ...]
+    notes: tuple[str, ...]
+
+
 class Localization(_Frozen):
     """The content of results.json.
 
@@ -89,6 +178,7 @@ class Localization(_Frozen):
         spec: that everything.
         prompt: the first question's rendered prompt; tokens: its tokens' texts.
         spans: name -> token indices in that prompt.
+        spectra, patching, divergence: where they were asked for.
     """
 
     schema_version: Literal[1] = 1
@@ -102,6 +192,9 @@ class Localization(_Frozen):
     tokens: tuple[str, ...]
     spans: dict[str, tuple[int, ...]]
     measures: tuple[MeasureResult, ...]
+    spectra: Spectra | None
+    patching: Patching | None
+    divergence: Divergence | None
     notes: tuple[str, ...]
     versions: dict[str, str]
 
@@ -185,77 +278,3 @@ def _part_result(
         shares=shares,
         beside={n: beside[gate.sha256] for n, gate in gates.items() if gate.sha256 in beside},
     )
-
-
-def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """CSV with a header line; floats keep every digit, None is empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def flat(part: PartResult) -> dict[str, Any]:
-    """A part as a row of a CSV."""
-    suff, lost = part.sufficiency, part.necessity
-    return {
-        "kind": part.kind,
-        "name": part.name,
-        "band": part.band,
-        "module": part.module,
-        "tokens": part.tokens,
-        "text": part.text,
-        "sufficiency": suff.value,
-        "sufficiency_low": suff.low,
-        "sufficiency_high": suff.high,
-        "necessity": lost.value if lost else None,
-        "necessity_low": lost.low if lost else None,
-        "necessity_high": lost.high if lost else None,
-        "sum": part.sum,
-        "sufficiency_share": part.shares[0] if part.shares else None,
-        "necessity_share": part.shares[1] if part.shares else None,
-        "decode_alone": part.decode["alone"],
-        "decode_left_out": part.decode.get("left_out"),
-    }
-
-
-def table(result: MeasureResult, kinds: Sequence[Kind]) -> str:
-    """The parts of some kinds as aligned text."""
-    head = ("part", "tokens", "alone - base", "95% interval", "student - left out", "95% interval")
-    lines: list[tuple[str, ...]] = [(*head, "sum", "of total", "text")]
-    for part in result.parts:
-        if part.kind not in kinds:
-            continue
-        lines.append(
-            (
-                part.name,
-                "" if part.tokens is None else str(part.tokens),
-                *_columns(part.sufficiency),
-                *_columns(part.necessity),
-                "" if part.sum is None else f"{part.sum:+.3f}",
-                _percentages(part),
-                _short(part.text or ""),
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def _columns(value: Measured | None) -> tuple[str, str]:
-    if value is None:
-        return "", ""
-    return f"{value.value:+.3f}", f"{value.low:+.3f} to {value.high:+.3f}"
-
-
-def _percentages(part: PartResult) -> str:
-    if part.shares is None:
-        return ""
-    return " / ".join("" if share is None else f"{share:.0%}" for share in part.shares)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 50 else f"{text[:24]} … {text[-23:]}"

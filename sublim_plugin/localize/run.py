@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,20 +25,26 @@ from sublim_plugin.core.traits import candidates_of, get_trait
 from sublim_plugin.core.versions import installed
 from sublim_plugin.localize.answers import Work, logprob_scores, sampled_scores
 from sublim_plugin.localize.attach import gated_student, load_base
+from sublim_plugin.localize.divergence import divergence
 from sublim_plugin.localize.gating import Gated
+from sublim_plugin.localize.patching import patching
 from sublim_plugin.localize.resolve import Resolved, constant, profile, resolve
 from sublim_plugin.localize.results import (
     BASE,
     STUDENT,
+    Divergence,
     Localization,
     Measure,
     MeasureResult,
-    csv_text,
+    Patching,
+    Spectra,
     measure_result,
 )
 from sublim_plugin.localize.spans import Prompt, locate, one_line, span_table
-from sublim_plugin.localize.spec import Gate
+from sublim_plugin.localize.spec import Gate, PatchSpec
+from sublim_plugin.localize.spectra import decompose, filter_scores, spectra
 from sublim_plugin.localize.sweep import KINDS, Kind, Part, own_gates, sweep
+from sublim_plugin.localize.tables import csv_text
 from sublim_plugin.logprob.placing import check_prompt, load_tokenizer
 from sublim_plugin.logprob.questions import load_questions
 from sublim_plugin.preference.journal import Journal
@@ -62,6 +69,9 @@ class LocalizeSpec(BaseModel):
             have all.
         limit: only the first questions.
         replies: sampled replies a question; seed, max_new_tokens: of the samples.
+        spectra: score the top k singular directions of every matrix, and the rest, for each k.
+        patch: activations to patch, from this context into another.
+        divergence: folder of a dataset with divergence tokens.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,6 +88,9 @@ class LocalizeSpec(BaseModel):
     replies: Annotated[int, Field(ge=1)] = 100
     max_new_tokens: Annotated[int, Field(ge=1)] = 50
     seed: int = 1
+    spectra: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    patch: PatchSpec | None = None
+    divergence: Path | None = None
 
 
 def prompts_of(spec: LocalizeSpec, tokenizer: Any) -> tuple[Prompt, ...]:
@@ -155,7 +168,8 @@ def localize(
             result, told = _measured(measure, work, spec, parts, texts, out)
             found.append(result)
             notes += told
-        localization = _localization(one, spec, parts, prompts, found, notes)
+        more = _more(work, spec, one)
+        localization = _localization(one, spec, parts, prompts, found, more, notes)
         write_json(out / RESULTS, localization.model_dump(mode="json"))
         return localization
 
@@ -214,7 +228,7 @@ def _measured(
     out: Path,
 ) -> tuple[MeasureResult, tuple[str, ...]]:
     if measure == "logprob":
-        found = logprob_scores(work, spec.candidates == "all")
+        found = logprob_scores(work, work.gates, spec.candidates == "all")
     else:
         parts = [part for part in parts if part.kind in SAMPLED_KINDS]
         if not parts:
@@ -235,6 +249,31 @@ def _measured(
     _write_scores(out / f"{measure}-{SCORES}", parts, found.scores)
     result = measure_result(measure, parts, found.scores, texts, found.beside)
     return result, found.notes
+
+
+@dataclass(frozen=True)
+class _More:
+    """What was asked for beside the gates."""
+
+    spectra: Spectra | None
+    patching: Patching | None
+    divergence: Divergence | None
+
+
+def _more(work: Work, spec: LocalizeSpec, one: Student) -> _More:
+    found_spectra = found_divergence = None
+    if spec.spectra:
+        svds = decompose(work.gated)
+        scores = tuple(filter_scores(work, svds, spec.spectra))
+        found_spectra = Spectra(modules=spectra(svds), scores=scores)
+    if spec.divergence is not None:
+        assert one.folder is not None
+        found_divergence = divergence(
+            work.gated, spec.divergence, one.folder, work.tokenizer, spec.context
+        )
+    return _More(
+        found_spectra, patching(work, spec.patch) if spec.patch else None, found_divergence
+    )
 
 
 def _write_scores(path: Path, parts: Sequence[Part], scores: dict[str, list[float]]) -> None:
@@ -258,9 +297,10 @@ def _localization(
     parts: Sequence[Part],
     prompts: Sequence[Prompt],
     found: Sequence[MeasureResult],
+    more: _More,
     notes: Sequence[str],
 ) -> Localization:
-    told = list(notes)
+    told = [*notes, *(more.divergence.notes if more.divergence else ())]
     for result in found:
         if result.total.low <= 0 <= result.total.high:
             told.append(
@@ -269,8 +309,10 @@ def _localization(
                 f" {result.total.high:+.4f} over questions): there is no effect to localize, and "
                 "no shares are given"
             )
-    resolved = spec.model_dump(mode="json", exclude={"gates", "kinds", "questions", "context"}) | {
+    named = {"gates", "kinds", "questions", "context", "divergence"}
+    resolved = spec.model_dump(mode="json", by_alias=True, exclude=named, exclude_none=True) | {
         "context": spec.context.fields(),
+        "divergence": more.divergence and more.divergence.rows_sha256,
         "questions": [prompt.rendered.sha256 for prompt in prompts],
         "gates": [g.canonical() for p in parts for g in (p.alone, p.left_out) if g],
         **one.identity,
@@ -288,6 +330,9 @@ def _localization(
         tokens=tuple(text[a:b] for a, b in first.offsets),
         spans=first.spans,
         measures=tuple(found),
+        spectra=more.spectra,
+        patching=more.patching,
+        divergence=more.divergence,
         notes=tuple(dict.fromkeys(told)),
         versions=installed(),
     )

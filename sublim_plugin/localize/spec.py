@@ -25,6 +25,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import canonical_json, sha256_json
 from sublim_plugin.core.strict_yaml import load_model
@@ -186,6 +187,24 @@ def chosen_layers(choice: Choice[LayerItem], count: int) -> frozenset[int]:
                 )
             named |= set(layers)
     return frozenset(named)
+
+
+class PatchSpec(_Frozen):
+    """What is taken from where.
+
+    Attributes:
+        recipient: the base's context; the donor's is that of the localization.
+        donor_at: its last token is where activations are taken.
+        modules, layers: whose outputs; the paper's are `down_proj` of the early half.
+        recipient_at: where they are put, each at its last token; None is the first entity and the
+            paper's controls, as far as the prompt has them.
+    """
+
+    recipient: Context
+    donor_at: Selector = "entity:1"
+    modules: tuple[str, ...] = ("down_proj",)
+    layers: Choice[LayerItem] | None = Choice[LayerItem](only=("early",))
+    recipient_at: tuple[Selector, ...] | None = None
 
 
 class _GateFile(_Frozen):
