@@ -259,7 +259,7 @@ def _best(curve: RankCurves, own: Sequence[TransmissionRow], name: str) -> Itera
     yield where("full finetuning", curve.target, curve.train_context, curve.eval_context) | {
         "verdict": "below the best LoRA" if clear else "not shown to be below the best LoRA",
         "sentence": f"the best LoRA (rank {found.best_rank:g}) lies {found.difference:+.2f} nats "
-        f"{bounds(found.low, found.high)} from {name}, {p_text(found.p)} after correction for "
+        f"{bounds(found.low, found.high)} above {name}, {p_text(found.p)} after correction for "
         f"choosing the best of {len(curve.ranks)} ranks, {found.n_datasets} datasets",
         "estimate": found.difference,
         "low": found.low,

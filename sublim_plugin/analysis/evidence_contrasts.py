@@ -66,7 +66,7 @@ def scale(rows: Sequence[TransmissionRow]) -> Iterator[dict[str, Any]]:
                 "verdict": verdict,
                 "sentence": f"{text}. Explained in datasets left out: {shares} (best {best.name}); "
                 f"difference in squared error, {pair.one} minus {pair.other}, {gap.mean:+.2g} "
-                f"{bounds(gap.low, gap.high)}, {gap.n_datasets} datasets",
+                f"[{gap.low:+.2g}, {gap.high:+.2g}], {gap.n_datasets} datasets",
                 "estimate": gap.mean,
                 "low": gap.low,
                 "high": gap.high,
@@ -107,8 +107,8 @@ def contexts(
         yield where("flat in rank", curve.target, curve.train_context, curve.eval_context) | {
             "verdict": "flat in rank" if flat.equivalent else "not shown to be flat in rank",
             "sentence": f"{'' if flat.equivalent else 'not shown to be '}flat in rank within "
-            f"{margin:g} nats; the ranks furthest apart differ by {flat.inside.mean:+.2f} nats "
-            f"{bounds(flat.inside.low, flat.inside.high)}, two one-sided tests {p_text(flat.p)} "
+            f"{margin:g} nats; of all pairs of ranks the hardest to show differs by "
+            f"{flat.inside.mean:+.2f} nats {bounds(flat.inside.low, flat.inside.high)}, two one-sided tests {p_text(flat.p)} "
             f"(2.5% each), {flat.inside.n_datasets} datasets",
             "estimate": flat.inside.mean,
             "low": flat.inside.low,

@@ -24,10 +24,11 @@ QUESTIONS = {
 }
 
 
-def write_evidence_csv(answers: Sequence[Answer], path: Path) -> None:
+def write_evidence_csv(answers: Sequence[Answer], path: Path, simulated: bool) -> None:
     """One row per answer; `rows` are ids in results.csv, separated by spaces."""
-    rows = [{**answer.model_dump(), "rows": " ".join(answer.rows)} for answer in answers]
-    write_text(path, csv_text(rows, list(Answer.model_fields)))
+    own = {"simulated": simulated}
+    rows = [{**answer.model_dump(), "rows": " ".join(answer.rows), **own} for answer in answers]
+    write_text(path, csv_text(rows, [*Answer.model_fields, "simulated"]))
 
 
 def evidence_section(answers: Sequence[Answer]) -> Html:

@@ -46,6 +46,12 @@ if TYPE_CHECKING:
     from sublim_plugin.analysis.effects import Effect
 
 
+SIMULATED = (
+    "Simulated data: these numbers were made up with a known truth, to show what the report makes "
+    "of them. No model was trained or asked; nothing here is a finding."
+)
+
+
 def write_report(
     run_dir: Path,
     *,
@@ -84,11 +90,14 @@ def write_report(
     write_text(
         folder / "effects.csv",
         csv_text(
-            [{**effect.model_dump(), "rows": " ".join(effect.rows)} for effect in found],
-            list(Effect.model_fields),
+            [
+                {**effect.model_dump(), "rows": " ".join(effect.rows), "simulated": run.simulated}
+                for effect in found
+            ],
+            [*Effect.model_fields, "simulated"],
         ),
     )
-    write_evidence_csv(answers, folder / "evidence.csv")
+    write_evidence_csv(answers, folder / "evidence.csv", run.simulated)
     figures = {
         "transmission": transmission_figure(rows, folder),
         "contexts": context_figure(rows, folder),
@@ -126,22 +135,23 @@ def render_report(
     if study_text:
         sections.append(("study", "Study file", page.pre(study_text, "study file")))
     navigation = "".join(
-        f'<li><a href="#{anchor}">{page.esc(title)}</a></li>' for anchor, title, _ in sections
+        f'<li><a href="#{anchor}">{page.esc(name)}</a></li>' for anchor, name, _ in sections
     )
+    title = f"SIMULATED: {study_name}" if run.simulated else study_name
     body = page.join(
         [
             Html("<header>"),
-            Html(f"<h1>{page.esc(study_name)}: does the student prefer what the teacher did?</h1>"),
+            Html(f"<h1>{page.esc(title)}: does the student prefer what the teacher did?</h1>"),
             page.paragraph(_status_line(run), "soft"),
             Html("</header>"),
             Html(f'<nav aria-label="Sections"><ul>{navigation}</ul></nav>'),
             Html("<main>"),
             _warnings(run),
-            *[page.section(anchor, title, content) for anchor, title, content in sections],
+            *[page.section(anchor, name, content) for anchor, name, content in sections],
             Html("</main>"),
         ]
     )
-    return page.page(f"{study_name} · sublim report", body)
+    return page.page(f"{title} · sublim report", body)
 
 
 def _status_line(run: RunRecords) -> str:
@@ -154,6 +164,8 @@ def _status_line(run: RunRecords) -> str:
 def _warnings(run: RunRecords) -> Html:
     unfinished = [cell for cell in run.cells if cell.state != "done"]
     parts = []
+    if run.simulated:
+        parts.append(page.notice(SIMULATED))
     if not run.cells:
         parts.append(page.notice("This study has no cells yet: nothing has been run."))
     elif unfinished:

@@ -44,6 +44,8 @@ def format_table(rows: Sequence[TransmissionRow]) -> str:
     )
     several = len({row.train_context for row in rows if row.role != "base"}) > 1
     lines: list[str] = []
+    if any(row.simulated for row in rows):
+        lines += ["SIMULATED DATA: made up with known truth; no model was trained or asked.", ""]
     for block in blocks(rows):
         first = block[0]
         lines += [
