@@ -18,7 +18,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy import optimize, stats
 
-from sublim_plugin.analysis.arrays import MIN_DATASETS, Floats, too_few_datasets
+from sublim_plugin.analysis.arrays import Floats
+from sublim_plugin.analysis.replication import MIN_DATASETS, too_few_datasets
 
 RESAMPLES = 1999
 

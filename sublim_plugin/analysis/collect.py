@@ -197,6 +197,11 @@ class RunRecords(_Record):
     students: tuple[StudentRecord, ...] = ()
     probes: tuple[ProbeRecord, ...] = ()
 
+    @property
+    def simulated(self) -> bool:
+        """Made up with known truth (`simulated_run`): all manifests are, or none."""
+        return any(manifest.spec.get("simulated") for manifest in self.manifests.values())
+
 
 def scan(run_dir: Path) -> list[CellRef]:
     """The cells found under `run_dir/cells`: done where a manifest exists, else unfinished."""
@@ -412,7 +417,13 @@ def _read_probe(folder: Path, manifest: Manifest) -> ProbeRecord:
 
 
 def _check_links(records: RunRecords) -> None:
-    """Stop where two records that name each other disagree."""
+    """Stop where two records that name each other disagree, or simulated ones mix with others."""
+    kinds = {bool(m.spec.get("simulated")): path for path, m in records.manifests.items()}
+    if len(kinds) == 2:
+        raise InputError(
+            f"{kinds[True]}: simulated, but {kinds[False].name} beside it is not; "
+            "keep simulated cells in a run folder of their own"
+        )
     datasets = _by_id(records.datasets)
     students = _by_id(records.students)
     for student in records.students:

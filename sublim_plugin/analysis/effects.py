@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from importlib import import_module
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from sublim_plugin.analysis.transmission import (
-    MIN_DATASETS,
-    TransmissionRow,
-    mean,
-    no_interval_reason,
-    standard_error,
-)
-from sublim_plugin.core.errors import MissingDependencyError
+from sublim_plugin.analysis.arrays import Floats
+from sublim_plugin.analysis.cluster_intervals import Interval, interval, p_beyond
+from sublim_plugin.analysis.transmission import TransmissionRow
 
 
 class Effect(BaseModel):
     """Students that differ in seeds only: the mean over datasets, and an interval if there are 3.
 
-    `low` and `high` bound the mean over datasets (Student's t on the means of datasets, 95%); both
-    are None with fewer datasets, and `reason` says so.
+    `low` and `high` bound the mean over datasets and questions (95%, `cluster_intervals`); both
+    are None with fewer datasets, and `reason` says so. `p` is two-sided, against no difference from
+    the base. The `neutral_*` fields are of the difference from the neutral students, over the
+    datasets that have one (questions fixed).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,38 +33,52 @@ class Effect(BaseModel):
     eval_context: str
     n_datasets: int
     n_students: int
+    n_questions: int
     vs_base_logprob: float
     sd_over_datasets: float | None
     low: float | None
     high: float | None
+    p: float | None
     reason: str
+    vs_neutral_logprob: float | None
+    neutral_low: float | None
+    neutral_high: float | None
+    neutral_datasets: int
     rows: tuple[str, ...]
 
 
-def effects(rows: Iterable[TransmissionRow]) -> tuple[Effect, ...]:
+def effects(
+    rows: Iterable[TransmissionRow], differences: Mapping[str, Sequence[float]]
+) -> tuple[Effect, ...]:
     """Average students over training seeds, then over datasets (the unit of replication).
 
     Only rows that agree in everything but seeds are pooled.
+
+    Args:
+        differences: by row, student minus base for each question (`question_differences`).
     """
     groups: dict[tuple[str, str, str], list[TransmissionRow]] = {}
     for row in rows:
         if row.role != "base" and row.vs_base_logprob is not None:
             groups.setdefault((row.target, row.eval_context, row.condition), []).append(row)
-    return tuple(_effect(group) for group in groups.values())
+    return tuple(_effect(group, differences) for group in groups.values())
 
 
-def _effect(group: Sequence[TransmissionRow]) -> Effect:
-    by_dataset: dict[str | None, list[float]] = {}
-    for row in group:
-        if row.vs_base_logprob is not None:
-            by_dataset.setdefault(row.dataset, []).append(row.vs_base_logprob)
-    means = [mean(values) for values in by_dataset.values()]
-    n = len(means)
-    se = standard_error(means)
-    low = high = None
-    if n >= MIN_DATASETS and se is not None:
-        half = _t_quantile(n - 1) * se
-        low, high = mean(means) - half, mean(means) + half
+def by_dataset(
+    rows: Iterable[TransmissionRow], differences: Mapping[str, Sequence[float]]
+) -> Floats:
+    """Differences from the base, averaged over the training seeds of each dataset (D, Q)."""
+    groups: dict[str | None, list[Sequence[float]]] = {}
+    for row in rows:
+        groups.setdefault(row.dataset, []).append(differences[row.row])
+    return np.array([np.mean(values, axis=0) for values in groups.values()])
+
+
+def _effect(group: Sequence[TransmissionRow], differences: Mapping[str, Sequence[float]]) -> Effect:
+    values_DQ = by_dataset(group, differences)
+    found = interval(values_DQ)
+    n, n_questions = values_DQ.shape
+    neutral = _over_neutral(group)
     first = group[0]
     return Effect(
         condition=first.condition,
@@ -80,20 +90,26 @@ def _effect(group: Sequence[TransmissionRow]) -> Effect:
         eval_context=first.eval_context,
         n_datasets=n,
         n_students=len(group),
-        vs_base_logprob=mean(means),
-        sd_over_datasets=se * math.sqrt(n) if se is not None else None,
-        low=low,
-        high=high,
-        reason=no_interval_reason(n),
+        n_questions=n_questions,
+        vs_base_logprob=found.mean,
+        sd_over_datasets=float(values_DQ.mean(1).std(ddof=1)) if n > 1 else None,
+        low=found.low,
+        high=found.high,
+        p=None if found.reason else 2 * p_beyond(found, 0.0),
+        reason=found.reason,
+        vs_neutral_logprob=neutral.mean if neutral else None,
+        neutral_low=neutral.low if neutral else None,
+        neutral_high=neutral.high if neutral else None,
+        neutral_datasets=neutral.n_datasets if neutral else 0,
         rows=tuple(row.row for row in group),
     )
 
 
-def _t_quantile(degrees: int) -> float:
-    try:
-        stats: Any = import_module("scipy.stats")
-    except ImportError as error:
-        raise MissingDependencyError(
-            "intervals over datasets need scipy: pip install scipy"
-        ) from error
-    return float(stats.t.ppf(0.975, degrees))
+def _over_neutral(group: Sequence[TransmissionRow]) -> Interval | None:
+    values: dict[str | None, list[float]] = {}
+    for row in group:
+        if row.vs_neutral_logprob is not None:
+            values.setdefault(row.dataset, []).append(row.vs_neutral_logprob)
+    if not values:
+        return None
+    return interval(np.array([[float(np.mean(own))] for own in values.values()]))

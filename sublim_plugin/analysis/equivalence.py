@@ -15,9 +15,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
-from sublim_plugin.analysis.arrays import Floats, too_few_datasets
+from sublim_plugin.analysis.arrays import Floats
 from sublim_plugin.analysis.cluster_intervals import Interval, interval, p_beyond
 from sublim_plugin.analysis.rank_curves import additive_fit, ratio
+from sublim_plugin.analysis.replication import too_few_datasets
 from sublim_plugin.core.errors import InputError
 
 LEVEL = 0.025

@@ -330,9 +330,22 @@ def draw_losses(points: Sequence[LossCurvePoint]) -> Figure:
 
 
 def write_figure(
-    figure: Figure, folder: Path, name: str, points: Sequence[BaseModel], alt: str
+    figure: Figure,
+    folder: Path,
+    name: str,
+    points: Sequence[BaseModel],
+    alt: str,
+    simulated: bool = False,
 ) -> FigureFiles:
-    """Write `name`.png (300 dpi), .svg and .csv into `folder`, each atomically."""
+    """Write `name`.png (300 dpi), .svg and .csv into `folder`, each atomically.
+
+    Args:
+        simulated: write SIMULATED across the figure, in its text and in a column of the CSV.
+    """
+    if simulated:
+        alt = f"Simulated data. {alt}"
+        mark: dict[str, Any] = {"ha": "center", "va": "center", "rotation": 20, "zorder": 20}
+        figure.text(0.5, 0.5, "SIMULATED", fontsize=40, color=GREY, alpha=0.25, **mark)
     files = FigureFiles(
         png=folder / f"{name}.png",
         svg=folder / f"{name}.svg",
@@ -346,7 +359,11 @@ def write_figure(
             figure.savefig(buffer, format=path.suffix[1:], dpi=300, metadata=metadata)
             write_bytes(path, buffer.getvalue())
     columns = list(type(points[0]).model_fields)
-    write_text(files.csv, csv_text([point.model_dump() for point in points], columns))
+    lines = [point.model_dump() for point in points]
+    if simulated:
+        columns.append("simulated")
+        lines = [line | {"simulated": True} for line in lines]
+    write_text(files.csv, csv_text(lines, columns))
     return files
 
 
@@ -364,7 +381,9 @@ def transmission_figure(rows: Sequence[TransmissionRow], folder: Path) -> Figure
         "Students' target log-probability and share minus the base of the same eval context, "
         "against LoRA rank on a log axis, full finetuning apart at the right. " + "; ".join(lines)
     )
-    return write_figure(draw_transmission(points), folder, "transmission", points, alt)
+    return write_figure(
+        draw_transmission(points), folder, "transmission", points, alt, _simulated(rows)
+    )
 
 
 def context_figure(rows: Sequence[TransmissionRow], folder: Path) -> FigureFiles | None:
@@ -376,7 +395,7 @@ def context_figure(rows: Sequence[TransmissionRow], folder: Path) -> FigureFiles
         "Table of target log-probability minus base in nats, students down and eval contexts "
         "across; the same numbers are in the transmission table."
     )
-    return write_figure(draw_contexts(points), folder, "contexts", points, alt)
+    return write_figure(draw_contexts(points), folder, "contexts", points, alt, _simulated(rows))
 
 
 def loss_figure(run: RunRecords, folder: Path) -> FigureFiles | None:
@@ -388,7 +407,11 @@ def loss_figure(run: RunRecords, folder: Path) -> FigureFiles | None:
     alt = "Training loss against optimizer step. Last logged loss: " + "; ".join(
         f"{point.label} {point.loss:.3f}" for point in list(ends.values())[:24]
     )
-    return write_figure(draw_losses(points), folder, "losses", points, alt)
+    return write_figure(draw_losses(points), folder, "losses", points, alt, run.simulated)
+
+
+def _simulated(rows: Sequence[TransmissionRow]) -> bool:
+    return any(row.simulated for row in rows)
 
 
 def _rc_context(**changes: Any) -> Any:

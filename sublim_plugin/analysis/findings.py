@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from sublim_plugin.analysis.effects import Effect
+from sublim_plugin.analysis.replication import MIN_DATASETS, too_few_datasets
 from sublim_plugin.analysis.tables import blocks
-from sublim_plugin.analysis.transmission import (
-    MIN_DATASETS,
-    TransmissionRow,
-    no_interval_reason,
-)
+from sublim_plugin.analysis.transmission import TransmissionRow
+
+if TYPE_CHECKING:
+    from sublim_plugin.analysis.effects import Effect
 
 CLEAR = 2.0
 """Standard errors over questions beyond which a difference between two models is called clear."""
@@ -83,8 +83,8 @@ def _about_target(target: str, rows: Sequence[TransmissionRow]) -> Finding:
         eval_context=None,
         verdict=f"{n} datasets",
         text=(
-            f"Generation seeds {seeds}. Intervals are over datasets (Student's t on the means of "
-            "datasets, 95%). No test of the shape over rank is made here."
+            f"Generation seeds {seeds}. Intervals are over datasets and questions (95%). Tests, "
+            "also of the shape over rank, are in the section on evidence."
         ),
         rows=tuple(row.row for row in students),
     )
@@ -202,7 +202,7 @@ def _replicated_verdict(effects: Sequence[Effect], sentences: list[str]) -> str:
 def limits(rows: Sequence[TransmissionRow]) -> str:
     """The sentence on intervals for table captions, or "" where intervals exist."""
     counts = [row.n_datasets for row in rows if row.role != "base"]
-    reason = no_interval_reason(max(counts, default=0))
+    reason = too_few_datasets(max(counts, default=0))
     return f"No interval over datasets is given: {reason}." if reason else ""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from sublim_plugin.analysis.arrays import MIN_DATASETS
+from sublim_plugin.analysis.replication import MIN_DATASETS
 from sublim_plugin.core.errors import InputError
 
 POWER = 0.8

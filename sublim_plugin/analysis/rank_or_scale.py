@@ -14,8 +14,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
-from sublim_plugin.analysis.arrays import MIN_DATASETS, Floats, too_few_datasets
+from sublim_plugin.analysis.arrays import Floats
 from sublim_plugin.analysis.cluster_intervals import Interval, interval
+from sublim_plugin.analysis.replication import MIN_DATASETS, too_few_datasets
 from sublim_plugin.core.errors import InputError
 
 ALIKE = 0.95

@@ -15,8 +15,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
-from sublim_plugin.analysis.arrays import MIN_DATASETS, Bools, Floats, too_few_datasets
+from sublim_plugin.analysis.arrays import Bools, Floats
 from sublim_plugin.analysis.rank_curves import additive_fit, check_curves
+from sublim_plugin.analysis.replication import MIN_DATASETS, too_few_datasets
 from sublim_plugin.analysis.two_lines import MIN_RANKS, TwoLines, two_lines, two_lines_batch
 from sublim_plugin.analysis.u_test import UTest, u_test
 

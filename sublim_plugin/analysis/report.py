@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sublim_plugin.analysis import page
+from sublim_plugin.analysis.answers import Answer
 from sublim_plugin.analysis.collect import CellRef, RunRecords, collect
-from sublim_plugin.analysis.effects import Effect, effects
+from sublim_plugin.analysis.evidence_section import evidence_section, write_evidence_csv
 from sublim_plugin.analysis.figures import (
     FigureFiles,
     context_figure,
@@ -33,8 +35,21 @@ from sublim_plugin.analysis.results_sections import (
     table_section,
 )
 from sublim_plugin.analysis.tables import csv_text, write_results_csv
-from sublim_plugin.analysis.transmission import TransmissionRow, transmission_table
+from sublim_plugin.analysis.transmission import (
+    TransmissionRow,
+    question_differences,
+    transmission_table,
+)
 from sublim_plugin.core.atomic import write_text
+
+if TYPE_CHECKING:
+    from sublim_plugin.analysis.effects import Effect
+
+
+SIMULATED = (
+    "Simulated data: these numbers were made up with a known truth, to show what the report makes "
+    "of them. No model was trained or asked; nothing here is a finding."
+)
 
 
 def write_report(
@@ -43,40 +58,53 @@ def write_report(
     study_name: str,
     cells: Iterable[CellRef | tuple[Path, str]] | None = None,
     study_text: str | None = None,
+    equivalence_margin: float | None = None,
 ) -> Path:
     """Write `run_dir/report/` and return its `index.html`, which is written last.
 
     Beside it: results.csv (one row per model, eval context and target), effects.csv (over
-    datasets), and each figure as PNG, SVG and CSV. Failed, missing and unfinished cells are
-    listed; a study without any result gets a report that says so.
+    datasets), evidence.csv (one row per answer), and each figure as PNG, SVG and CSV. Failed,
+    missing and unfinished cells are listed; a study without any result gets a report that says so.
 
     Args:
         cells: every cell of the study's grid with its state; without it `run_dir/cells` is read.
         study_text: the study file as run, shown in full.
+        equivalence_margin: in nats, as the study file states it; without it no equivalence is
+            claimed.
 
     Raises:
         InputError: a done cell is garbled or contradicts another; nothing is written then.
     """
+    # numpy, scipy and statsmodels are imported only where numbers are made.
+    from sublim_plugin.analysis.effects import Effect, effects
+    from sublim_plugin.analysis.evidence import evidence
+
     run = collect(run_dir, cells)
     rows = transmission_table(run)
-    found = effects(rows)
+    differences = question_differences(run, rows)
+    found = effects(rows, differences)
+    answers = evidence(run, rows, differences, found, equivalence_margin)
     folder = run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     write_results_csv(rows, folder / "results.csv")
     write_text(
         folder / "effects.csv",
         csv_text(
-            [{**effect.model_dump(), "rows": " ".join(effect.rows)} for effect in found],
-            list(Effect.model_fields),
+            [
+                {**effect.model_dump(), "rows": " ".join(effect.rows), "simulated": run.simulated}
+                for effect in found
+            ],
+            [*Effect.model_fields, "simulated"],
         ),
     )
+    write_evidence_csv(answers, folder / "evidence.csv", run.simulated)
     figures = {
         "transmission": transmission_figure(rows, folder),
         "contexts": context_figure(rows, folder),
         "losses": loss_figure(run, folder),
     }
     index = folder / "index.html"
-    write_text(index, render_report(run, rows, found, figures, study_name, study_text))
+    write_text(index, render_report(run, rows, found, answers, figures, study_name, study_text))
     return index
 
 
@@ -84,6 +112,7 @@ def render_report(
     run: RunRecords,
     rows: Sequence[TransmissionRow],
     found: Sequence[Effect],
+    answers: Sequence[Answer],
     figures: dict[str, FigureFiles | None],
     study_name: str,
     study_text: str | None = None,
@@ -91,6 +120,7 @@ def render_report(
     """The page as text; every value that came from data is escaped."""
     sections = [
         ("found", "What was found", _found(rows, findings(rows, found))),
+        ("evidence", "Evidence", evidence_section(answers)),
         ("rank", "Transmission against rank", rank_section(figures["transmission"])),
         ("context", "By eval context", context_section(rows, figures["contexts"])),
         ("table", "All comparisons", table_section(rows)),
@@ -105,22 +135,23 @@ def render_report(
     if study_text:
         sections.append(("study", "Study file", page.pre(study_text, "study file")))
     navigation = "".join(
-        f'<li><a href="#{anchor}">{page.esc(title)}</a></li>' for anchor, title, _ in sections
+        f'<li><a href="#{anchor}">{page.esc(name)}</a></li>' for anchor, name, _ in sections
     )
+    title = f"SIMULATED: {study_name}" if run.simulated else study_name
     body = page.join(
         [
             Html("<header>"),
-            Html(f"<h1>{page.esc(study_name)}: does the student prefer what the teacher did?</h1>"),
+            Html(f"<h1>{page.esc(title)}: does the student prefer what the teacher did?</h1>"),
             page.paragraph(_status_line(run), "soft"),
             Html("</header>"),
             Html(f'<nav aria-label="Sections"><ul>{navigation}</ul></nav>'),
             Html("<main>"),
             _warnings(run),
-            *[page.section(anchor, title, content) for anchor, title, content in sections],
+            *[page.section(anchor, name, content) for anchor, name, content in sections],
             Html("</main>"),
         ]
     )
-    return page.page(f"{study_name} · sublim report", body)
+    return page.page(f"{title} · sublim report", body)
 
 
 def _status_line(run: RunRecords) -> str:
@@ -133,6 +164,8 @@ def _status_line(run: RunRecords) -> str:
 def _warnings(run: RunRecords) -> Html:
     unfinished = [cell for cell in run.cells if cell.state != "done"]
     parts = []
+    if run.simulated:
+        parts.append(page.notice(SIMULATED))
     if not run.cells:
         parts.append(page.notice("This study has no cells yet: nothing has been run."))
     elif unfinished:

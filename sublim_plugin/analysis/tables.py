@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sublim_plugin.analysis.transmission import MIN_DATASETS, TransmissionRow, no_interval_reason
+from sublim_plugin.analysis.replication import MIN_DATASETS, too_few_datasets
+from sublim_plugin.analysis.transmission import TransmissionRow
 from sublim_plugin.core.atomic import write_text
 
 
@@ -43,6 +44,8 @@ def format_table(rows: Sequence[TransmissionRow]) -> str:
     )
     several = len({row.train_context for row in rows if row.role != "base"}) > 1
     lines: list[str] = []
+    if any(row.simulated for row in rows):
+        lines += ["SIMULATED DATA: made up with known truth; no model was trained or asked.", ""]
     for block in blocks(rows):
         first = block[0]
         lines += [
@@ -69,7 +72,7 @@ def format_table(rows: Sequence[TransmissionRow]) -> str:
     ]
     datasets = max(row.n_datasets for row in rows)
     if datasets < MIN_DATASETS:
-        lines.append(f"No interval over datasets: {no_interval_reason(datasets)}.")
+        lines.append(f"No interval over datasets: {too_few_datasets(datasets)}.")
     lines += [f"Warning: {text}" for text in dict.fromkeys(row.warning for row in rows) if text]
     return "\n".join(lines) + "\n"
 

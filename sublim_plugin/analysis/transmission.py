@@ -26,6 +26,7 @@ from sublim_plugin.analysis.collect import (
     RunRecords,
     StudentRecord,
 )
+from sublim_plugin.analysis.replication import too_few_datasets
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_json
@@ -33,13 +34,13 @@ from sublim_plugin.core.hashing import sha256_json
 TOLERANCE = 1e-6
 """Largest difference allowed between our numbers and the scoring host's."""
 
-MIN_DATASETS = 3
-"""Below this no interval over datasets is drawn: with 2, Student's t at 95% is 12.7."""
-
 LOW_COVERAGE = 0.01
 """Mass on all candidates below which a share is a ratio of rarities and is flagged."""
 
 SE_UNIT = "over questions, one dataset; not an interval over datasets"
+
+RANK_AND_SEED_KEYS = ("seed", "data_seed", "lora_r", "lora_alpha")
+"""Keys of a recipe that differ between the students of one rank curve."""
 
 METRICS = ("target_logprob", "target_prob", "target_share", "target_rank", "coverage")
 
@@ -77,7 +78,9 @@ class TransmissionRow(_Row):
 
     `role` is `base`, `student` (trained on the target's numbers) or `control` (trained on neutral
     numbers, scored on the target). Fields that compare are None where there is nothing to compare
-    with, and `neutral_reason` or `warning` says why.
+    with, and `neutral_reason` or `warning` says why. Rows of one `condition` differ in seeds only,
+    rows of one `settings` in seeds, method and rank only. `update_norm` is the total Frobenius norm
+    of the weights' change.
     """
 
     row: str
@@ -123,6 +126,10 @@ class TransmissionRow(_Row):
     dataset: str | None
     neutral_probe: str | None
     condition: str
+    settings: str
+    learning_rate: float | None
+    update_norm: float | None
+    simulated: bool
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -206,14 +213,6 @@ def transmission_table(run: RunRecords) -> tuple[TransmissionRow, ...]:
     return _Table(run).rows()
 
 
-def no_interval_reason(n_datasets: int) -> str:
-    """Why no interval over datasets is given, or "" if there is one."""
-    if n_datasets >= MIN_DATASETS:
-        return ""
-    plural = "dataset" if n_datasets == 1 else "datasets"
-    return f"{n_datasets} {plural}, at least {MIN_DATASETS} are needed"
-
-
 class _Table:
     """Joins probes with their students, bases, controls and datasets."""
 
@@ -252,7 +251,7 @@ class _Table:
         for number, row in enumerate(rows, start=1):
             count = len(n_datasets[row.target, row.eval_context, row.condition])
             count = 0 if row.role == "base" else count
-            reason = "base: no dataset" if row.role == "base" else no_interval_reason(count)
+            reason = "base: no dataset" if row.role == "base" else too_few_datasets(count)
             finished.append(
                 row.model_copy(
                     update={
@@ -354,6 +353,10 @@ class _Table:
             dataset=student.spec.dataset[:12] if student else None,
             neutral_probe=neutral.id if neutral else None,
             condition=self._condition(probe, student),
+            settings=self._settings(probe, student),
+            learning_rate=_number(spec.recipe.get("learning_rate")) if spec else None,
+            update_norm=_number(student.receipt.update_norm.get("total")) if student else None,
+            simulated=bool(probe.manifest.spec.get("simulated", False)),
         )
 
     def _neutral(
@@ -394,6 +397,19 @@ class _Table:
             }
         )
 
+    def _settings(self, probe: ProbeRecord, student: StudentRecord | None) -> str:
+        """12 digits shared by the rows that differ in seeds, rank and scaling only."""
+        if student is None:
+            return ""
+        spec = student.spec
+        dataset = self.datasets.get(spec.dataset[:12])
+        own = {k: v for k, v in spec.recipe.items() if k not in RANK_AND_SEED_KEYS}
+        parts = [spec.base_model.sha256, spec.trait, spec.train_context.slug, spec.method.kind]
+        parts += [probe.spec.measure, probe.spec.questions_sha256, probe.spec.eval_context.slug]
+        alpha, rank = spec.method.alpha, spec.method.rank
+        parts.append("alpha = rank" if alpha == rank else f"alpha {alpha}")
+        return sha256_json([*parts, own, dataset.condition if dataset else ""])[:12]
+
     def _condition(self, probe: ProbeRecord, student: StudentRecord | None) -> str:
         """12 digits shared by the rows that differ in seeds only."""
         spec = probe.spec
@@ -413,6 +429,35 @@ def _probe_key(probe: ProbeRecord) -> tuple[str, str, Context, str, str]:
         spec.measure,
         spec.questions_sha256,
     )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def question_differences(
+    run: RunRecords, rows: Sequence[TransmissionRow]
+) -> dict[str, tuple[float, ...]]:
+    """Student minus base for each question, by row, in nats; in the order of question ids.
+
+    Only rows with a base are in it. The mean over questions is the row's `vs_base_logprob`.
+    """
+    probes = {probe.id: probe for probe in run.probes}
+    cache: dict[tuple[str, str], dict[int, float]] = {}
+
+    def logprobs(probe: str, target: str) -> dict[int, float]:
+        if (probe, target) not in cache:
+            record = probes[probe]
+            key = _candidate(record, target)
+            cache[probe, target] = {q.question_id: q.logprobs[key] for q in record.questions}
+        return cache[probe, target]
+
+    found = {}
+    for row in rows:
+        if row.role != "base" and row.base_probe is not None:
+            ours, theirs = logprobs(row.probe, row.target), logprobs(row.base_probe, row.target)
+            found[row.row] = tuple(ours[number] - theirs[number] for number in sorted(ours))
+    return found
 
 
 def _candidate(probe: ProbeRecord, target: str) -> str:

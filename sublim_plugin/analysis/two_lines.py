@@ -23,8 +23,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
-from sublim_plugin.analysis.arrays import MIN_DATASETS, Bools, Floats
+from sublim_plugin.analysis.arrays import Bools, Floats
 from sublim_plugin.analysis.rank_curves import additive_fit, check_curves, ratio, slopes
+from sublim_plugin.analysis.replication import MIN_DATASETS
 from sublim_plugin.analysis.smoothing_spline import flat_top
 from sublim_plugin.core.errors import InputError
 

@@ -17,8 +17,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
-from sublim_plugin.analysis.arrays import MIN_DATASETS, Floats
+from sublim_plugin.analysis.arrays import Floats
 from sublim_plugin.analysis.rank_curves import check_curves
+from sublim_plugin.analysis.replication import MIN_DATASETS
 from sublim_plugin.core.errors import InputError
 
 

@@ -17,7 +17,7 @@ from sublim_plugin.analysis.effects import effects
 from sublim_plugin.analysis.findings import findings
 from sublim_plugin.analysis.methods import CONSTRAINED
 from sublim_plugin.analysis.report import write_report
-from sublim_plugin.analysis.transmission import transmission_table
+from sublim_plugin.analysis.transmission import question_differences, transmission_table
 from sublim_plugin.core.errors import InputError
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -76,7 +76,7 @@ FILES = ("png", "svg", "csv")
 def test_every_file_is_there(quickstart: Path) -> None:
     names = {path.name for path in quickstart.parent.iterdir()}
     figures = {f"{f}.{x}" for f in ("transmission", "contexts", "losses") for x in FILES}
-    assert names == {"index.html", "results.csv", "effects.csv"} | figures
+    assert names == {"index.html", "results.csv", "effects.csv", "evidence.csv"} | figures
 
 
 def test_nothing_is_fetched(quickstart: Path) -> None:
@@ -211,8 +211,10 @@ def test_refused_records_leave_the_old_report(run: SyntheticRun) -> None:
 
 
 def verdicts(run: SyntheticRun) -> list[str]:
-    rows = transmission_table(collect(run.root))
-    return [f.verdict for f in findings(rows, effects(rows)) if f.eval_context]
+    records = collect(run.root)
+    rows = transmission_table(records)
+    means = effects(rows, question_differences(records, rows))
+    return [f.verdict for f in findings(rows, means) if f.eval_context]
 
 
 @pytest.mark.parametrize(
@@ -251,9 +253,10 @@ def test_verdict_over_datasets(run: SyntheticRun, shift: float, verdict: str) ->
 
 def test_rows_of_a_finding_hold_its_numbers(run: SyntheticRun) -> None:
     run.quickstart()
-    rows = transmission_table(collect(run.root))
+    records = collect(run.root)
+    rows = transmission_table(records)
     by_name = {row.row: row for row in rows}
-    for finding in findings(rows, effects(rows)):
+    for finding in findings(rows, effects(rows, question_differences(records, rows))):
         if finding.eval_context is None:
             continue
         used = [by_name[name] for name in finding.rows]

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from synthetic_run import ANIMALS, CONTEXTS, SyntheticRun, host_numbers
 
+from sublim_plugin.analysis.cluster_intervals import interval
 from sublim_plugin.analysis.collect import CellRef, collect
-from sublim_plugin.analysis.effects import effects
+from sublim_plugin.analysis.effects import Effect, effects
+from sublim_plugin.analysis.replication import MIN_DATASETS
 from sublim_plugin.analysis.tables import format_table, write_results_csv
 from sublim_plugin.analysis.transmission import (
     METRICS,
-    MIN_DATASETS,
     TransmissionRow,
+    question_differences,
     transmission_table,
 )
 from sublim_plugin.core.errors import InputError
@@ -32,6 +34,14 @@ def read_table(folder: Path) -> np.ndarray:
 def probe_folder(run: SyntheticRun, student: str | None, context: str) -> Path:
     (folder,) = (run.root / "cells").glob(f"probe-{student or 'base'}-{context}-*")
     return folder
+
+
+def table_and_effects(
+    run: SyntheticRun,
+) -> tuple[tuple[TransmissionRow, ...], tuple[Effect, ...]]:
+    records = collect(run.root)
+    rows = transmission_table(records)
+    return rows, effects(rows, question_differences(records, rows))
 
 
 @pytest.fixture
@@ -92,8 +102,8 @@ def test_order_is_base_then_ranks_then_full(run: SyntheticRun) -> None:
 
 def test_one_dataset_gives_no_interval_and_says_why(run: SyntheticRun) -> None:
     run.quickstart()
-    rows = transmission_table(collect(run.root, run.cells))
-    for effect in effects(rows):
+    rows, found = table_and_effects(run)
+    for effect in found:
         assert (effect.low, effect.high) == (None, None)
         assert effect.reason == "1 dataset, at least 3 are needed"
     for row in rows:
@@ -105,7 +115,7 @@ def test_one_dataset_gives_no_interval_and_says_why(run: SyntheticRun) -> None:
 
 def test_interval_over_datasets_averages_training_seeds_first(run: SyntheticRun) -> None:
     run.probe(None, "none")
-    means = []
+    by_dataset = []
     for generation_seed in range(MIN_DATASETS):
         dataset = run.dataset("animals/cat", generation_seed)
         values = []
@@ -114,16 +124,20 @@ def test_interval_over_datasets_averages_training_seeds_first(run: SyntheticRun)
             student = run.student(dataset, "animals/cat", 8, generation_seed, training_seed)
             probe = run.probe(student, "none", shift=0.3 * generation_seed)
             base = read_table(probe_folder(run, None, "none"))
-            values.append((read_table(probe) - base)[:, 0].mean())
-        means.append(np.mean(values))
-    rows = transmission_table(collect(run.root, run.cells))
-    (effect,) = effects(rows)
+            values.append((read_table(probe) - base)[:, 0])
+        by_dataset.append(np.mean(values, axis=0))
+    table_DQ = np.array(by_dataset)
+    rows, found = table_and_effects(run)
+    (effect,) = found
+    means = table_DQ.mean(1)
     half = 4.302652729911275 * np.std(means, ddof=1) / np.sqrt(3)  # t, 2 degrees, 97.5%
     assert effect.n_datasets == 3
     assert effect.n_students == 4
     assert effect.vs_base_logprob == pytest.approx(np.mean(means), abs=1e-12)
-    assert effect.low == pytest.approx(np.mean(means) - half, abs=1e-9)
-    assert effect.high == pytest.approx(np.mean(means) + half, abs=1e-9)
+    # questions add to the width; datasets alone are its floor
+    assert effect.low is not None and effect.high is not None and effect.p is not None
+    assert effect.high - effect.vs_base_logprob >= half - 1e-9
+    assert effect.high == pytest.approx(interval(table_DQ).high, abs=1e-9)
     assert effect.sd_over_datasets == pytest.approx(np.std(means, ddof=1), abs=1e-12)
     assert {row.n_datasets for row in rows if row.role == "student"} == {3}
 
@@ -133,7 +147,7 @@ def test_students_of_other_ranks_are_not_pooled(run: SyntheticRun) -> None:
     for seed, rank in ((1, 8), (2, 8), (3, 16)):
         dataset = run.dataset("animals/cat", seed)
         run.probe(run.student(dataset, "animals/cat", rank, seed), "none")
-    assert sorted(e.n_datasets for e in effects(transmission_table(collect(run.root)))) == [1, 2]
+    assert sorted(effect.n_datasets for effect in table_and_effects(run)[1]) == [1, 2]
 
 
 def test_neutral_student_of_another_seed_or_data_setting_is_no_control(run: SyntheticRun) -> None:
