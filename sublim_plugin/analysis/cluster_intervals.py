@@ -7,7 +7,7 @@ clusters, and the squared half-widths add up (the large-sample bounds of Graybil
 6 datasets earn a quantile of 2.57 where datasets differ, 50 questions 2.01 where questions do.
 
 `simulate.py` shows the coverage of this and of resampling: percentile and BCa intervals of 6
-datasets cover 83 to 93 in 100 and are not used; the studentized bootstrap is `studentized`.
+datasets cover 60 to 89 in 100 and are not used; the studentized bootstrap is `studentized`.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def studentized(
 
     Each resample draws datasets and questions with replacement (Owen 2007) and is studentized by
     its own standard error of both clusters (Efron and Tibshirani 1993, section 12.5). A cross-check
-    of `interval`: with skewed datasets it covers less (see `simulate.py`).
+    of `interval`, which covers about as much (see `simulate.py`).
     """
     d, q = values_DQ.shape
     generator = np.random.default_rng(seed)

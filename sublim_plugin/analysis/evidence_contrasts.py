@@ -108,8 +108,8 @@ def contexts(
             "verdict": "flat in rank" if flat.equivalent else "not shown to be flat in rank",
             "sentence": f"{'' if flat.equivalent else 'not shown to be '}flat in rank within "
             f"{margin:g} nats; of all pairs of ranks the hardest to show differs by "
-            f"{flat.inside.mean:+.2f} nats {bounds(flat.inside.low, flat.inside.high)}, two "
-            f"one-sided tests {p_text(flat.p)} (2.5% each), {flat.inside.n_datasets} datasets",
+            f"{flat.inside.mean:+.2f} nats {bounds(flat.inside.low, flat.inside.high)}, "
+            f"two one-sided tests {p_text(flat.p)} (2.5% each), {flat.inside.n_datasets} datasets",
             "estimate": flat.inside.mean,
             "low": flat.inside.low,
             "high": flat.inside.high,

@@ -14,7 +14,6 @@ replication (Miller 2024, arXiv 2411.00640, for the clustering by question).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -26,13 +25,11 @@ from sublim_plugin.analysis.collect import (
     RunRecords,
     StudentRecord,
 )
+from sublim_plugin.analysis.probe_metrics import METRICS, Metrics, candidate_key, metrics, paired
 from sublim_plugin.analysis.replication import too_few_datasets
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_json
-
-TOLERANCE = 1e-6
-"""Largest difference allowed between our numbers and the scoring host's."""
 
 LOW_COVERAGE = 0.01
 """Mass on all candidates below which a share is a ratio of rarities and is flagged."""
@@ -42,35 +39,9 @@ SE_UNIT = "over questions, one dataset; not an interval over datasets"
 RANK_AND_SEED_KEYS = ("seed", "data_seed", "lora_r", "lora_alpha")
 """Keys of a recipe that differ between the students of one rank curve."""
 
-METRICS = ("target_logprob", "target_prob", "target_share", "target_rank", "coverage")
-
 
 class _Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Metrics(_Row):
-    """A probe's metrics for one target: per question (in the file's order) and their means."""
-
-    target: str
-    question_ids: tuple[int, ...]
-    logprob_Q: tuple[float, ...]
-    prob_Q: tuple[float, ...]
-    share_Q: tuple[float, ...]
-    rank_Q: tuple[int, ...]
-    coverage_Q: tuple[float, ...]
-
-    @property
-    def means(self) -> dict[str, float]:
-        columns = (self.logprob_Q, self.prob_Q, self.share_Q, self.rank_Q, self.coverage_Q)
-        return {name: mean(values) for name, values in zip(METRICS, columns, strict=True)}
-
-
-class Difference(_Row):
-    """Mean over questions of a paired difference and its standard error (None for one question)."""
-
-    mean: float
-    se: float | None
 
 
 class TransmissionRow(_Row):
@@ -148,55 +119,6 @@ class TransmissionRow(_Row):
     def name(self) -> str:
         """Short name for tables: `base`, `LoRA r=8`, `LoRA r=8 neutral`, `full`."""
         return f"{self.method} neutral" if self.role == "control" else self.method
-
-
-def metrics(probe: ProbeRecord, target: str) -> Metrics:
-    """Recompute a probe's metrics for `target` ("animals/cat") from its questions.
-
-    Raises:
-        InputError: the target is no candidate of the probe, or a number differs from the one in
-            results.json by more than `TOLERANCE` (absolute, or relative above 1).
-    """
-    key = _candidate(probe, target)
-    logprob: list[float] = []
-    share: list[float] = []
-    rank: list[int] = []
-    coverage: list[float] = []
-    for question in probe.questions:
-        scores = question.logprobs
-        own = scores[key]
-        mass = math.fsum(math.exp(value) for value in scores.values())
-        logprob.append(own)
-        coverage.append(mass)
-        # The ratio through the largest term stays exact where every probability underflows.
-        top = max(scores.values())
-        share.append(
-            math.exp(own - top) / math.fsum(math.exp(value - top) for value in scores.values())
-        )
-        rank.append(1 + sum(value > own for value in scores.values()))
-    found = Metrics(
-        target=target,
-        question_ids=tuple(question.question_id for question in probe.questions),
-        logprob_Q=tuple(logprob),
-        prob_Q=tuple(math.exp(value) for value in logprob),
-        share_Q=tuple(share),
-        rank_Q=tuple(rank),
-        coverage_Q=tuple(coverage),
-    )
-    _check_against_host(probe, found)
-    return found
-
-
-def paired(ours: Metrics, theirs: Metrics, field: Literal["logprob_Q", "share_Q"]) -> Difference:
-    """Mean of the per-question difference `ours - theirs` and its standard error.
-
-    Each question is one cluster with one difference, so the cluster-robust standard error is the
-    sample standard deviation (n - 1) over the square root of n.
-    """
-    left = dict(zip(ours.question_ids, getattr(ours, field), strict=True))
-    right = dict(zip(theirs.question_ids, getattr(theirs, field), strict=True))
-    differences = [left[i] - right[i] for i in ours.question_ids]
-    return Difference(mean=mean(differences), se=standard_error(differences))
 
 
 def transmission_table(run: RunRecords) -> tuple[TransmissionRow, ...]:
@@ -448,7 +370,7 @@ def question_differences(
     def logprobs(probe: str, target: str) -> dict[int, float]:
         if (probe, target) not in cache:
             record = probes[probe]
-            key = _candidate(record, target)
+            key = candidate_key(record, target)
             cache[probe, target] = {q.question_id: q.logprobs[key] for q in record.questions}
         return cache[probe, target]
 
@@ -458,34 +380,6 @@ def question_differences(
             ours, theirs = logprobs(row.probe, row.target), logprobs(row.base_probe, row.target)
             found[row.row] = tuple(ours[number] - theirs[number] for number in sorted(ours))
     return found
-
-
-def _candidate(probe: ProbeRecord, target: str) -> str:
-    """The key of `target` in the probe's log-probs: `cat` for `animals/cat`."""
-    keys = probe.questions[0].logprobs
-    for key in (target, target.split("/", 1)[-1]):
-        if key in keys:
-            return key
-    raise InputError(
-        f"{probe.folder / 'questions.jsonl'}: {target!r} was not scored; "
-        f"candidates are {', '.join(sorted(keys))}"
-    )
-
-
-def _check_against_host(probe: ProbeRecord, found: Metrics) -> None:
-    reported = probe.results.targets.get(found.target)
-    path = probe.folder / "results.json"
-    if reported is None:
-        raise InputError(f"{path}: no entry for {found.target!r} under targets")
-    for name, value in found.means.items():
-        theirs = reported.get(name)
-        if not isinstance(theirs, int | float) or not math.isclose(
-            theirs, value, rel_tol=TOLERANCE, abs_tol=TOLERANCE
-        ):
-            raise InputError(
-                f"{path}: {found.target} {name} is {theirs!r}, but questions.jsonl gives "
-                f"{value!r}; delete the cell's folder and run the study again"
-            )
 
 
 def _check_same_questions(ours: ProbeRecord, theirs: ProbeRecord) -> None:
@@ -504,17 +398,3 @@ def _check_same_questions(ours: ProbeRecord, theirs: ProbeRecord) -> None:
             raise InputError(
                 f"{path}: question_id {number} has other candidates than in {theirs.folder.name}"
             )
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean, summed without loss."""
-    return math.fsum(values) / len(values)
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Sample standard deviation over sqrt(n); None for a single value."""
-    n = len(values)
-    if n < 2:
-        return None
-    centre = mean(values)
-    return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / n)

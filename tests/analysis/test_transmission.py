@@ -14,10 +14,10 @@ from synthetic_run import ANIMALS, CONTEXTS, SyntheticRun, host_numbers
 from sublim_plugin.analysis.cluster_intervals import interval
 from sublim_plugin.analysis.collect import CellRef, collect
 from sublim_plugin.analysis.effects import Effect, effects
+from sublim_plugin.analysis.probe_metrics import METRICS
 from sublim_plugin.analysis.replication import MIN_DATASETS
 from sublim_plugin.analysis.tables import format_table, write_results_csv
 from sublim_plugin.analysis.transmission import (
-    METRICS,
     TransmissionRow,
     question_differences,
     transmission_table,
