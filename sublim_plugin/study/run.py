@@ -227,7 +227,13 @@ def write_report_if_changed(
     refs = [
         CellRef(folder=s.folder, state=s.state, label=s.cell.label, error=s.error) for s in states
     ]
-    write_report(run_dir, study_name=study.name, cells=refs, study_text=text)
+    write_report(
+        run_dir,
+        study_name=study.name,
+        cells=refs,
+        study_text=text,
+        equivalence_margin=study.equivalence_margin,
+    )
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     write_manifest(
         folder,

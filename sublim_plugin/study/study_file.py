@@ -82,6 +82,9 @@ class Study(_Strict):
     students: Annotated[tuple[StudentGroup, ...], Field(min_length=1)]
     training: Training
     probes: Probes
+    equivalence_margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Nats within which a difference counts as none; to be named before running. It enters no
+    cell's id; without it the report claims no equivalence."""
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
