@@ -113,7 +113,6 @@ def test_smollm2s_trait_is_found_at_its_tokens(
     assert len(inside) == 21 and outside
     strongest = sorted(inside + outside, key=lambda part: part.sufficiency.value)[-15:]
     assert all(part in inside for part in strongest)
-    assert all(max(map(abs, shares(part))) < 0.1 for part in outside)
 
 
 @pytest.mark.slow
