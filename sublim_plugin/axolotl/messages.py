@@ -21,7 +21,8 @@ def one_message(hook: Callable[_Parameters, _Result]) -> Callable[_Parameters, _
         try:
             return hook(*args, **kwargs)
         except SublimError as error:
-            print(f"sublim: error: {error}", file=sys.stderr, flush=True)
+            # A progress bar leaves its line open.
+            print(f"\nsublim: error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from error
 
     return wrapped

@@ -109,7 +109,8 @@ class StopCallback(TrainerCallback):
             control.should_training_stop = True
             return
         factor = from_first(factor, args.device)
-        if factor < 1:
+        # The last step of the run has none after it to make up for falling short.
+        if factor < 1 and state.global_step + 1 < state.max_steps:
             self.lowered[state.global_step + 1] = factor
             for group in kwargs["optimizer"].param_groups:
                 group["lr"] *= factor
@@ -121,13 +122,13 @@ class StopCallback(TrainerCallback):
             raise RunError(f"step {step}: the update norm is {norm}; the weights overflowed.")
         before, last, last_rate = self._last
         growth, missing = (norm - last) / (step - before), self.rule.target - norm
+        coming = growth * rate / last_rate if last_rate > 0 else growth
         factor = 1.0
-        if growth > 0 and missing > 0:
-            coming = growth * rate / last_rate if last_rate > 0 else growth
-            factor = min(1.0, missing / coming) if coming > 0 else 1.0
+        if coming > 0 and missing > 0:
+            factor = min(1.0, missing / coming)
             # A rising learning rate (warm-up) promises more growth than was seen.
             if rate <= last_rate:
-                self._wait_until = step + int(missing / (2 * growth))
+                self._wait_until = step + int(missing / (2 * coming))
         self._last = (step, norm, factor * rate)
         return norm, factor
 

@@ -24,7 +24,7 @@ GUARDED_AND_PROBED = {
     "guard": True,
     "probe": {"contexts": list(CONTEXTS), "limit": QUESTIONS, "every": 3},
 }
-NORM = 1.0
+NORM = 0.8
 FEW_STEPS = {"micro_batch_size": 4, "num_epochs": 2, "warmup_steps": 1}
 
 
@@ -133,6 +133,6 @@ def lora(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def full(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    overrides = FEW_STEPS | {"learning_rate": 0.0002, "num_epochs": 3}
+    overrides = {"micro_batch_size": 2, "num_epochs": 2, "warmup_steps": 0, "learning_rate": 7e-5}
     folder = tmp_path_factory.mktemp("full") / "cell"
     return train(folder, "full-zero2", dataset, overrides, block={"stop_at_update_norm": NORM})

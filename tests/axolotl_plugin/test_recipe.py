@@ -105,7 +105,7 @@ def refusal(raw: _Raw, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as caught:
         SublimPlugin().register(raw)
     assert caught.value.code == 2
-    message = capsys.readouterr().err
+    message = capsys.readouterr().err.lstrip()
     assert message.startswith("sublim: error: ")
     return message
 
