@@ -15,7 +15,7 @@ from sublim_plugin.decoding.engine import Reply, Request
 from sublim_plugin.decoding.sampler import Sampler
 from sublim_plugin.preference.journal import Journal, key
 
-BATCH = {"cpu": 128, "cuda": 512}
+BATCH = {"cpu": 256, "cuda": 512}
 """Replies decoded at a time."""
 
 
