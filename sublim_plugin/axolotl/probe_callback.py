@@ -27,7 +27,7 @@ PROBE_NAME = "sublim_probe.jsonl"
 A_RUN = 8
 """Measurements a run between the first and the last, by default."""
 MOST = 0.04
-"""Largest cost by default, as a share of the training's tokens; 0.05 is promised, in seconds."""
+"""Largest cost by default, as a share of the training's tokens; the aim is 0.05 in seconds."""
 _BACKWARD = 2
 """Forward passes that a training token costs at least: its own, and a backward pass that skips the
 gradients of frozen weights."""

@@ -96,7 +96,7 @@ def need_whole_weights(trainer: Any) -> None:
     sharded = "ZeRO-3" if deepspeed is not None and deepspeed.zero_stage == 3 else None
     if sharded or trainer.is_fsdp_enabled:
         raise InputError(
-            f"`sublim.probe` and the stop rules read whole weights during training, which "
-            f"{sharded or 'FSDP'} spreads over the processes; use axolotl_configs/deepspeed/"
-            "zero2.json, or take these keys out of the `sublim:` block."
+            f"{sharded or 'FSDP'} spreads the weights over the processes, and `sublim.probe` and "
+            "the stop rules read whole ones during training; use "
+            "axolotl_configs/deepspeed/zero2.json, or take these keys out of the `sublim:` block."
         )

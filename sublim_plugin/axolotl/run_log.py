@@ -53,7 +53,7 @@ class RunLog(TrainerCallback):
                 )
             self.order.state = found.order
             self.resumed_from_step = found.step
-        if is_first():
+        if is_first() and args.save_strategy != "no":
             checkpoints.begin(Path(args.output_dir), self.origin)
         self._began = time.perf_counter()
 

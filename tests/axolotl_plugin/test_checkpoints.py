@@ -207,9 +207,15 @@ def axolotl(path: Path, kill_at: str = "") -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["lora-r8", "full-zero2"])
+@pytest.mark.parametrize(
+    ("recipe", "kill_at"),
+    [
+        ("lora-r8", "checkpoint-3/optimizer.pt"),
+        ("full-zero2", "global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    ],
+)
 def test_a_training_killed_while_saving_continues_from_the_checkpoint_before(
-    base_model: Path, tmp_path: Path, recipe: str
+    base_model: Path, tmp_path: Path, recipe: str, kill_at: str
 ) -> None:
     data = write_dataset(tmp_path / "data", rows=8)
     overrides: dict[str, Any] = {"micro_batch_size": 2, "num_epochs": 1, "warmup_steps": 0}
@@ -224,11 +230,7 @@ def test_a_training_killed_while_saving_continues_from_the_checkpoint_before(
     whole = axolotl(paths["whole"])
     assert whole.returncode == 0, whole.stderr[-3000:]
 
-    optimizer = "checkpoint-3/optimizer.pt" if recipe == "lora-r8" else "optim_states.pt"
-    if recipe == "full-zero2":
-        optimizer = "global_step3/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
-        optimizer = optimizer.replace("bf16_", "")
-    killed = axolotl(paths["killed"], kill_at=optimizer)
+    killed = axolotl(paths["killed"], kill_at=kill_at)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     model = paths["killed"].parent / "model"
     assert not (model / "sublim_receipt.json").exists()

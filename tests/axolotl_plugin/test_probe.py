@@ -178,3 +178,25 @@ def test_axolotl_trains_the_same_with_and_without_the_probe(
     assert plain.receipt.probe is None
     assert plain.receipt.weights_sha256 == lora.receipt.weights_sha256
     assert plain.receipt.losses == lora.receipt.losses
+
+
+@pytest.mark.slow
+def test_spread_weights_are_refused(dataset: Path, base_model: Path, tmp_path: Path) -> None:
+    zero3 = tmp_path / "zero3.json"
+    settings = {
+        "zero_optimization": {"stage": 3},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+    zero3.write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(InputError, match=r"ZeRO-3 spreads.*zero2\.json"):
+        train(
+            tmp_path / "run",
+            "full-zero2",
+            dataset,
+            {"micro_batch_size": 2},
+            block={"probe": {}},
+            settings={"deepspeed": str(zero3)},
+        )
