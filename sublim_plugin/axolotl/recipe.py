@@ -212,6 +212,7 @@ def _environment(prepared: Path, env: Mapping[str, str] | None) -> dict[str, str
     ours["AXOLOTL_DO_NOT_TRACK"] = "1"
     ours["HF_DATASETS_CACHE"] = str(prepared / "datasets")
     ours["PYTHONUNBUFFERED"] = "1"
+    ours.pop("TQDM_DISABLE", None)  # progress is read off the trainer's bar
     # Threads that wait without spinning: beside another busy process, spinning costs many times
     # the work.
     ours.setdefault("OMP_WAIT_POLICY", "PASSIVE")
