@@ -14,13 +14,16 @@ from sublim_plugin.core.atomic import write_text
 SHOWN_ROWS = 8
 
 QUESTIONS = {
+    "power": "What could be seen?",
     "transmission": "Is there transmission?",
+    "cross-check": "Does a mixed model see the same?",
     "rank shape": "Is it an inverted U over rank?",
     "full finetuning": "Is full finetuning at the base?",
     "rank or scale": "Rank or scale?",
     "context": "Does it depend on the context?",
     "flat in rank": "Is it flat in rank in another context?",
     "specificity": "Is it the trait's own?",
+    "agreement": "Do log-probs and sampled replies agree?",
 }
 
 

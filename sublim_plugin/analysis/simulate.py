@@ -16,7 +16,7 @@ from scipy import stats
 
 from sublim_plugin.analysis.arrays import Floats
 from sublim_plugin.analysis.cluster_intervals import half_widths, studentized, variances
-from sublim_plugin.analysis.diagonal_contrast import diagonal_contrast
+from sublim_plugin.analysis.diagonal_contrast import permutation_test
 from sublim_plugin.analysis.equivalence import against_best, equivalence, flat_in_rank
 from sublim_plugin.analysis.rank_shape import claims_batch, peak_set
 from sublim_plugin.analysis.simulated_truths import (
@@ -148,7 +148,7 @@ def specificity_errors(draws: int, blocks: int, seed: int = SEED) -> float:
     for draw in range(draws):
         table = generator.normal(0, 0.8, (blocks, 4, 4))
         table = table + generator.normal(size=(blocks, 4, 1)) + generator.normal(size=(1, 1, 4))
-        found += diagonal_contrast(table, seed=draw).permutation_p < 0.05
+        found += permutation_test(table, seed=draw).p < 0.05
     return found / draws
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from sublim_plugin.analysis.arrays import Floats
-from sublim_plugin.analysis.diagonal_contrast import diagonal_contrast
+from sublim_plugin.analysis.diagonal_contrast import block_contrasts
 from sublim_plugin.analysis.figures import BLUE, GREY, ORANGE, STYLE
 from sublim_plugin.analysis.mixed import logit_of_count
 from sublim_plugin.analysis.power import ANCHORS, anchor_sd, datasets_needed, detectable
@@ -241,7 +241,7 @@ def _contexts(rates: PublishedRates) -> str:
     contrasts = []
     for animal in rates.context_cells:
         values = [
-            diagonal_contrast(rates.context_table(animal, rank)[None]).by_block[0] for rank in ranks
+            float(block_contrasts(rates.context_table(animal, rank)[None])[0]) for rank in ranks
         ]
         contrasts += values
         lines.append(f"| {animal} | " + " | ".join(f"{value:+.2f}" for value in values) + " |")
