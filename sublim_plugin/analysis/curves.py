@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,6 +50,16 @@ def group_names(found: Mapping[Group, Sequence[TransmissionRow]]) -> dict[Group,
         key: rows[0].settings_name
         + (f", {key.scaling}" if key.scaling and len(kinds[key.target]) > 1 else "")
         for key, rows in found.items()
+    }
+
+
+def prefixes(found: Iterable[Group], names: Mapping[Group, str]) -> dict[Group, str]:
+    """The name and a colon for groups alike in trait, contexts and kind of method, else ""."""
+    keys = list(found)
+    alike = Counter((key.target, key.contexts, key.scaling == "") for key in keys)
+    return {
+        key: f"{names[key]}: " if alike[key.target, key.contexts, key.scaling == ""] > 1 else ""
+        for key in keys
     }
 
 

@@ -114,6 +114,8 @@ def _weights(seen_IJ: Bools) -> Floats:
     """Weights of the cells whose sum is the least-squares contrast of the diagonal."""
     size = len(seen_IJ)
     row, column = np.nonzero(seen_IJ)
+    if not len(row):
+        raise InputError("a block without any cell has no contrast; leave it out")
     design = np.zeros((len(row), 2 * size))
     design[np.arange(len(row)), row] = 1.0
     later = column > 0

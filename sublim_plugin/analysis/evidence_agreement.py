@@ -53,15 +53,16 @@ def _agreement(target: str, own: Sequence[tuple[TransmissionRow, SampledRecord]]
     if found.tau is None or found.tau.low is None or found.tau.high is None:
         return no_claim(found.reason + note, len(labels), names)
     tau = found.tau
-    verdict = "the measures agree in order" if found.tau.low > 0 else "no agreement in order shown"
+    low, high = max(-1.0, found.tau.low), min(1.0, found.tau.high)
+    verdict = "the measures agree in order" if low > 0 else "no agreement in order shown"
     return {
         "verdict": verdict,
         "sentence": f"log-prob and sampled rate order the students of a dataset with Kendall's tau "
-        f"{tau.mean:+.2f} {bounds(tau.low, tau.high)}, {tau.n_datasets} datasets, "
+        f"{tau.mean:+.2f} {bounds(low, high)}, {tau.n_datasets} datasets, "
         f"{len(own)} students{note}",
         "estimate": tau.mean,
-        "low": tau.low,
-        "high": tau.high,
+        "low": low,
+        "high": high,
         "unit": "Kendall's tau",
         "test": "tau-b within each dataset, t over datasets",
         "n_datasets": tau.n_datasets,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from sublim_plugin.analysis.answers import LEVEL, NO_MARGIN, bounds, no_claim, p_text, where
 from sublim_plugin.analysis.collect import RunRecords
-from sublim_plugin.analysis.curves import group_names, groups, rank_curves
+from sublim_plugin.analysis.curves import group_names, groups, prefixes, rank_curves
 from sublim_plugin.analysis.diagonal_contrast import contrast_interval, permutation_test
 from sublim_plugin.analysis.equivalence import HOW, flat_in_rank
 from sublim_plugin.analysis.rank_or_scale import Comparison, rank_or_scale
@@ -17,6 +18,9 @@ from sublim_plugin.analysis.replication import too_few_datasets
 from sublim_plugin.analysis.square_tables import context_tables, specificity_tables
 from sublim_plugin.analysis.transmission import TransmissionRow
 from sublim_plugin.core.errors import InputError
+
+MATCHED = "matched minus mismatched train and eval context"
+OWN = "own trait minus other traits, student drift and trait priors removed"
 
 
 def scale(rows: Sequence[TransmissionRow]) -> Iterator[dict[str, Any]]:
@@ -34,7 +38,8 @@ def scale(rows: Sequence[TransmissionRow]) -> Iterator[dict[str, Any]]:
     for key, own in found.items():
         name = own[0].settings_name if several else "LoRA"
         for answer in _scale(own):
-            yield where("rank or scale", *key[:3], name) | answer
+            text = f"{name}: {answer['sentence']}" if several else answer["sentence"]
+            yield where("rank or scale", *key[:3], name) | answer | {"sentence": text}
 
 
 def _scale(own: Sequence[TransmissionRow]) -> Iterator[dict[str, Any]]:
@@ -102,8 +107,10 @@ def _compared(pair: Comparison) -> tuple[str, str]:
 
 def contexts(rows: Sequence[TransmissionRow]) -> Iterator[dict[str, Any]]:
     """Does it matter whether train and eval context match? Decided by t over datasets."""
-    what = "matched minus mismatched train and eval context"
-    for table in context_tables(rows):
+    tables = context_tables(rows)
+    alike = Counter(table.target for table in tables)
+    for table in tables:
+        what = f"{table.name}: {MATCHED}" if alike[table.target] > 1 else MATCHED
         labels = ", ".join(table.labels)
         draft = where("context", table.target, labels, labels, table.name)
         dropped = _dropped(table.dropped, "dataset")
@@ -143,6 +150,7 @@ def flatness(rows: Sequence[TransmissionRow], margin: float | None) -> Iterator[
     """Is a curve asked in another context than it was trained in flat in rank?"""
     names = group_names(groups(rows))
     curves = [c for c in rank_curves(rows) if c.group.train_context != c.group.eval_context]
+    prefix = prefixes([curve.group for curve in curves], names)
     for curve in curves:
         name = names[curve.group]
         draft = where("flat in rank", curve.group.target, *curve.group.contexts, name)
@@ -158,11 +166,12 @@ def flatness(rows: Sequence[TransmissionRow], margin: float | None) -> Iterator[
         if flat.p is None:
             yield draft | no_claim(f"two ranks share {flat.inside.reason}", n, curve.rows)
             continue
+        verdict = "flat in rank" if flat.equivalent else "not shown to be flat in rank"
         yield draft | {
-            "verdict": "flat in rank" if flat.equivalent else "not shown to be flat in rank",
-            "sentence": f"{name}, {'' if flat.equivalent else 'not shown to be '}flat in rank "
-            f"within {margin:g} nats; of all pairs of ranks the hardest to show differs by "
-            f"{flat.inside.mean:+.2f} nats {bounds(flat.inside.low, flat.inside.high)}, {HOW} "
+            "verdict": verdict,
+            "sentence": f"{prefix[curve.group]}{verdict} within {margin:g} nats; of all pairs of "
+            f"ranks the hardest to show differs by {flat.inside.mean:+.2f} nats "
+            f"{bounds(flat.inside.low, flat.inside.high)}, {HOW} "
             f"{p_text(flat.p)}, {n} datasets",
             "estimate": flat.inside.mean,
             "low": flat.inside.low,
@@ -177,8 +186,11 @@ def flatness(rows: Sequence[TransmissionRow], margin: float | None) -> Iterator[
 
 def specificity(run: RunRecords, rows: Sequence[TransmissionRow]) -> Iterator[dict[str, Any]]:
     """Do students turn to their own animal rather than to any? Decided by permutation."""
-    what = "own trait minus other traits, student drift and trait priors removed"
-    for table in specificity_tables(run, rows):
+    tables = specificity_tables(run, rows)
+    alike = Counter((table.train_context, table.eval_context) for table in tables)
+    for table in tables:
+        several = alike[table.train_context, table.eval_context] > 1
+        what = f"{table.name}: {OWN}" if several else OWN
         labels = ", ".join(table.labels)
         draft = where("specificity", labels, table.train_context, table.eval_context, table.name)
         dropped = _dropped(table.dropped, "generation seed")

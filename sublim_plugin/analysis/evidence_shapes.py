@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sublim_plugin.analysis.answers import LEVEL, NO_MARGIN, bounds, no_claim, p_text, where
-from sublim_plugin.analysis.curves import RankCurves, group_names, groups, rank_curves
+from sublim_plugin.analysis.curves import RankCurves, group_names, groups, prefixes, rank_curves
 from sublim_plugin.analysis.effects import by_dataset
 from sublim_plugin.analysis.equivalence import HOW, against_best, equivalence
 from sublim_plugin.analysis.rank_shape import RankShape, over_traits, rank_shape
@@ -25,9 +25,7 @@ def shapes(rows: Sequence[TransmissionRow]) -> Iterator[dict[str, Any]]:
     for curve, shape in found:
         key = (*curve.group.contexts, curve.family, curve.group.scaling)
         families.setdefault(key, []).append((curve, shape))
-    several = len({(names[c.group], *c.group.contexts) for c, _ in found}) > len(
-        {c.group.contexts for c, _ in found}
-    )
+    prefix = prefixes([curve.group for curve, _ in found], names)
     for family in families.values():
         # Traits of one family differ in their teachers; one with two teachers has two curves, and
         # they are not independent, so only traits with one are combined.
@@ -39,9 +37,7 @@ def shapes(rows: Sequence[TransmissionRow]) -> Iterator[dict[str, Any]]:
         for curve, shape in family:
             name = names[curve.group]
             draft = _shape(curve, shape, name, adjusted.get(curve.group))
-            if several:
-                draft["sentence"] = f"{name}: {draft['sentence']}"
-            yield draft
+            yield draft | {"sentence": f"{prefix[curve.group]}{draft['sentence']}"}
         traits = {c.group.target for c, _, _ in tested}
         if combined is None or len(traits) < 2:
             continue
@@ -56,7 +52,7 @@ def shapes(rows: Sequence[TransmissionRow]) -> Iterator[dict[str, Any]]:
         claims = sum(s.verdict == "inverted U" and adjusted[c.group] < LEVEL for c, s, _ in tested)
         yield about | {
             "verdict": f"{claims} of {len(tested)} traits",
-            "sentence": f"{names[first] + ': ' if several else ''}{claims} of {len(tested)} traits "
+            "sentence": f"{prefix[first]}{claims} of {len(tested)} traits "
             "show an inverted U after Benjamini and Hochberg's adjustment; that none does: "
             f"Fisher's combined {p_text(combined.fisher_p)}",
             "test": "Fisher's combination of two-lines tests",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sublim_plugin.analysis.answers import LEVEL, bounds, no_claim, p_text, where
-from sublim_plugin.analysis.curves import Group, group_names, groups
+from sublim_plugin.analysis.curves import Group, group_names, groups, prefixes
 from sublim_plugin.analysis.effects import Effect, by_dataset
 from sublim_plugin.analysis.mixed import mixed_effect
 from sublim_plugin.analysis.power import (
@@ -77,11 +76,10 @@ def _by_group(
     by_row = {row: effect for effect in effects for row in effect.rows}
     found = groups(rows)
     names = group_names(found)
-    alike = Counter((key.target, key.contexts, key.scaling == "") for key in found)
+    prefix = prefixes(found, names)
     for key, own in found.items():
-        several = alike[key.target, key.contexts, key.scaling == ""] > 1
         mine = {by_row[row.row].condition: by_row[row.row] for row in own}
-        yield key, names[key], f"{names[key]}: " if several else "", list(mine.values())
+        yield key, names[key], prefix[key], list(mine.values())
 
 
 def _decide(tested: Sequence[Effect]) -> dict[str, Any]:

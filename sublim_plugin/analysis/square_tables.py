@@ -86,7 +86,7 @@ def _context_table(target: str, name: str, own: list[TransmissionRow]) -> Contex
         [[[_mean_of(cells[i, j], d, shared) for j in labels] for i in labels] for d in datasets]
     )
     seen_DIJ = np.isfinite(values_DIJ)
-    kept_D = (seen_DIJ == seen_DIJ.any(0)).all((1, 2))
+    kept_D = (seen_DIJ == seen_DIJ.any(0)).all((1, 2)) & seen_DIJ.any((1, 2))
     dropped = int((~kept_D).sum())
     if not kept_D.any():
         return replace(base, dropped=dropped, reason="no dataset has every cell")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from sublim_plugin.analysis import simulate
 from sublim_plugin.analysis.cluster_intervals import (
@@ -16,7 +16,13 @@ from sublim_plugin.analysis.cluster_intervals import (
 )
 from sublim_plugin.analysis.equivalence import against_best, equivalence, flat_in_rank
 from sublim_plugin.analysis.mixed import logit_of_count, logit_of_logprob, mixed_effect
-from sublim_plugin.analysis.power import ANCHORS, anchor_sd, datasets_needed, detectable
+from sublim_plugin.analysis.power import (
+    ANCHORS,
+    anchor_sd,
+    datasets_needed,
+    detectable,
+    planned_power,
+)
 from sublim_plugin.analysis.simulated_truths import CLUSTERED, RANKS, clustered, curves
 from sublim_plugin.core.errors import InputError
 
@@ -177,13 +183,63 @@ def test_logits_at_the_ends() -> None:
     assert none_and_all[0] == -none_and_all[2]
 
 
+def restricted_likelihood(values: np.ndarray, log_variances: np.ndarray) -> float:
+    """Of crossed random datasets, questions and rest, from the whole covariance matrix."""
+    d, q = values.shape
+    dataset, question, rest = np.exp(log_variances)
+    covariance = dataset * np.kron(np.eye(d), np.ones((q, q))) + rest * np.eye(d * q)
+    covariance += question * np.kron(np.ones((d, d)), np.eye(q))
+    inverse = np.linalg.inv(covariance)
+    weight = inverse.sum()
+    off = values.ravel() - inverse.sum(0) @ values.ravel() / weight
+    return float(np.linalg.slogdet(covariance)[1] + np.log(weight) + off @ inverse @ off) / -2
+
+
+@pytest.mark.parametrize("kind", ["both", "no questions", "no datasets"])
+def test_the_mixed_model_is_at_the_maximum_of_its_likelihood(kind: str) -> None:
+    values = table(6, 15, seed=3)
+    # A component that the data put below 0 is 0 at the maximum, and its squares join the rest.
+    if kind == "no questions":
+        values -= 0.98 * (values.mean(0) - values.mean())
+    if kind == "no datasets":
+        values -= 0.98 * (values.mean(1, keepdims=True) - values.mean())
+    best = optimize.minimize(
+        lambda x: -restricted_likelihood(values, x),
+        np.log([0.5, 0.2, 0.2]),
+        method="Nelder-Mead",
+        options={"xatol": 1e-8, "fatol": 1e-10, "maxiter": 2000},
+    )
+    found = mixed_effect(values)
+    variances_ = [found.dataset_sd**2, found.question_sd**2, found.rest_sd**2]
+    assert variances_ == pytest.approx(np.exp(best.x), rel=1e-4, abs=1e-6)
+    assert found.effect == pytest.approx(values.mean(), abs=1e-12)
+    expected = variances_[0] / 6 + variances_[1] / 15 + variances_[2] / 90
+    assert found.se == pytest.approx(np.sqrt(expected), rel=1e-9)
+
+
+def test_the_mixed_model_is_that_of_statsmodels() -> None:
+    from statsmodels.regression.mixed_linear_model import MixedLM, VCSpec
+
+    values = table(6, 15, seed=3)
+    dataset, question = np.divmod(np.arange(90), 15)
+    names = [[[f"d{i}" for i in range(6)]], [[f"q{i}" for i in range(15)]]]
+    parts = [[np.eye(6)[dataset]], [np.eye(15)[question]]]
+    spec = VCSpec(["dataset", "question"], names, parts)
+    model = MixedLM(values.ravel(), np.ones((90, 1)), groups=np.zeros(90), exog_vc=spec)
+    expected = model.fit(reml=True, method=["lbfgs", "powell"])
+    found = mixed_effect(values)
+    assert found.effect == pytest.approx(expected.fe_params[0], abs=1e-6)
+    assert found.se == pytest.approx(expected.bse_fe[0], rel=1e-3)
+    components = [found.dataset_sd**2, found.question_sd**2]
+    assert components == pytest.approx(expected.vcomp, rel=1e-3)
+
+
 def test_the_mixed_model_agrees_with_the_interval() -> None:
     values = table(8, 20, seed=3)
     found, other = mixed_effect(values), interval(values)
-    assert found.converged
     assert found.effect == pytest.approx(values.mean(), abs=1e-3)  # balanced: the grand mean
     assert other.se_datasets is not None and other.se_questions is not None
-    assert found.se == pytest.approx(np.hypot(other.se_datasets, other.se_questions), rel=0.02)
+    assert found.se == pytest.approx(np.hypot(other.se_datasets, other.se_questions), rel=1e-9)
     assert found.low < other.mean < found.high
     with pytest.raises(InputError, match="2 datasets"):
         mixed_effect(values[:2])
@@ -198,6 +254,47 @@ def test_power_is_that_of_the_noncentral_t() -> None:
     power = stats.nct.sf(critical, 5, shift) + stats.nct.cdf(-critical, 5, shift)
     assert power == pytest.approx(0.8, abs=1e-6)
     assert detectable(2, sd=2.0).effect is None
+    strict = detectable(4, sd=1.0, level=0.005).effect
+    assert strict is not None
+    assert stats.nct.sf(stats.t.ppf(0.9975, 3), 3, 2 * strict) == pytest.approx(0.8, abs=1e-5)
+
+
+@pytest.mark.parametrize(("n_datasets", "level"), [(3, 0.05), (6, 0.05), (6, 0.005), (12, 0.005)])
+def test_the_smallest_effect_is_seen_in_four_of_five_studies(n_datasets: int, level: float) -> None:
+    """By simulation, with the interval that decides: its standard error and its level."""
+    sd, question_sd, rest_sd, draws = 0.5, 1.0, 0.5, 4000
+    effect = detectable(
+        n_datasets,
+        float(np.sqrt(sd**2 + rest_sd**2 / 50)),
+        se_questions=question_sd / np.sqrt(50),
+        n_questions=50,
+        level=level,
+    ).effect
+    assert effect is not None
+    generator = np.random.default_rng(11)
+    values = (
+        effect
+        + sd * generator.normal(size=(draws, n_datasets, 1))
+        + question_sd * generator.normal(size=(draws, 1, 50))
+        + rest_sd * generator.normal(size=(draws, n_datasets, 50))
+    )
+    half = half_widths(*variances(values), n_datasets, 50, 1 - level)
+    assert (values.mean((1, 2)) > half).mean() == pytest.approx(0.8, abs=0.025)
+
+
+def test_questions_alone_can_hide_an_effect() -> None:
+    assert datasets_needed(1.0, 1.0, se_questions=0.5, n_questions=50) is None
+    with_them = datasets_needed(1.0, 1.0, se_questions=0.2, n_questions=50)
+    assert with_them is not None and with_them > (datasets_needed(1.0, 1.0) or 0)
+
+
+def test_planned_power_says_what_a_study_can_show() -> None:
+    text = planned_power(6, n_tests=11)
+    effect = detectable(6, anchor_sd(), level=0.05 / 11).effect
+    assert f"with 6 datasets an effect of {effect:.1f} nats can be shown" in text
+    assert "over 11 tests" in text and f"SD of {anchor_sd():.1f} nats" in text
+    assert "no effect of any size can be shown: 2 datasets" in planned_power(2)
+    assert "if datasets differ by an SD of 0.8 nats" in planned_power(6, sd=0.8)
 
 
 def test_datasets_needed_is_the_least_number() -> None:

@@ -169,16 +169,19 @@ def test_slopes_and_their_errors_by_hand() -> None:
     grand = values.mean()
     rest = values - values.mean(0) - values.mean(1, keepdims=True) + grand
     error = (rest**2).sum() / 45
-    for side, slope, t in (
-        (low, found.slope_up, found.t_up),
-        (high, found.slope_down, found.t_down),
+    for side, slope, t, df in (
+        (low, found.slope_up, found.t_up, found.df_up),
+        (high, found.slope_down, found.t_down, found.df_down),
     ):
         own = np.array([stats.linregress(X[side], row[side]).slope for row in values])
         spread = ((X[side] - X[side].mean()) ** 2).sum()
-        se = np.sqrt(max(own.var(ddof=1) / 6, error / spread / 6))
+        between, pooled = own.var(ddof=1) / 6, error / spread / 6
+        excess = max(between - pooled, 0.0)
+        freedom = (pooled + excess) ** 2 / (pooled**2 / 45 + excess**2 / 5)
         assert slope == pytest.approx(own.mean(), abs=1e-12)
-        assert t == pytest.approx(own.mean() / se, abs=1e-10)
-    assert found.p_up == pytest.approx(2 * stats.t.sf(found.t_up, 45), rel=1e-10)
+        assert t == pytest.approx(own.mean() / np.sqrt(max(between, pooled)), abs=1e-10)
+        assert df == pytest.approx(freedom, rel=1e-9)
+    assert found.p_up == pytest.approx(2 * stats.t.sf(found.t_up, found.df_up), rel=1e-10)
 
 
 def test_u_test_of_datasets_by_hand() -> None:
@@ -268,6 +271,41 @@ def test_a_missing_cell_and_a_missing_rank() -> None:
         rank_shape(RANKS, values)
     kept = np.delete(values, 4, axis=1)
     assert rank_shape(np.delete(RANKS, 4), kept).verdict == "inverted U"
+
+
+def test_datasets_with_two_ranks_leave_no_u_test_but_a_decision() -> None:
+    """A half-failed study: 3 datasets of 4 ranks, one of which has 2 only."""
+    values = np.random.default_rng(0).normal(size=(3, 4))
+    values[2, 2:] = np.nan
+    found = rank_shape(RANKS[:4], values)
+    assert found.quadratic is None and not found.supported
+    assert found.quadratic_reason == "2 datasets with 3 ranks, a u-test needs at least 3"
+    assert found.lines is not None and found.verdict == "no inverted U shown"
+    with pytest.raises(InputError, match="2 datasets with 3 ranks"):
+        u_test(RANKS[:4], values)
+
+
+def test_ranks_that_no_dataset_compares_make_no_claim() -> None:
+    values = np.full((4, 4), np.nan)
+    values[:2, :2] = values[2:, 2:] = 1.0
+    assert "share too few ranks" in rank_shape(RANKS[:4], values).reason
+    chain = np.full((3, 4), np.nan)
+    for number in range(3):
+        chain[number, number : number + 2] = 1.0
+    assert "too many cells are missing" in rank_shape(RANKS[:4], chain).reason
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_cells_are_missing_there_is_an_answer(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    d, k = generator.integers(2, 7), generator.integers(4, 9)
+    values = generator.normal(size=(d, k))
+    values[generator.random((d, k)) < generator.uniform(0, 0.6)] = np.nan
+    values = values[np.isfinite(values).any(1)]
+    kept = np.isfinite(values).any(0)
+    found = rank_shape(RANKS[:k][kept], values[:, kept])
+    assert (found.reason == "") == (found.verdict == "inverted U")
+    assert (found.lines is None) == (found.verdict == "no claim")
 
 
 def test_ranks_must_ascend() -> None:
