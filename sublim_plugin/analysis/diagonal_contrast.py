@@ -13,9 +13,10 @@ value[i, j] = row i + column j + contrast x (i = j), by least squares, in each b
 
 from __future__ import annotations
 
-from itertools import permutations, product
+from itertools import permutations
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from sublim_plugin.analysis.arrays import Bools, Floats
@@ -78,18 +79,23 @@ def permutation_test(values_DIJ: Floats, seed: int = 0) -> Permutations:
     d, size, _ = values_DIJ.shape
     orders = np.array(list(permutations(range(size)))) if size <= 7 else np.empty((0, size), int)
     exact = len(orders) > 0 and len(orders) ** d <= EXACT_UP_TO
-    observed = float(np.mean([_complete(block_IJ) for block_IJ in values_DIJ]))
+    observed = float(_complete(values_DIJ, np.arange(size)[None]).mean())
     threshold = observed - 1e-9 * max(1.0, abs(observed))
     if exact:
-        by_order_DP = [[_complete(block[order]) for order in orders] for block in values_DIJ]
-        means_P = np.array([sum(choice) / d for choice in product(*by_order_DP)])
+        means_P = _complete(values_DIJ, orders)[0]
+        for block_P in _complete(values_DIJ, orders)[1:]:
+            means_P = (means_P[:, None] + block_P).ravel()
+        means_P = means_P / d
     else:
         generator = np.random.default_rng(seed)
-        drawn_DP = [
-            [_complete(block[generator.permutation(size)]) for _ in range(EXACT_UP_TO)]
-            for block in values_DIJ
-        ]
-        means_P = np.mean(drawn_DP, axis=0)
+        unmoved = np.tile(np.arange(size), (EXACT_UP_TO, 1))
+        means_P = np.mean(
+            [
+                _complete(block_IJ[None], generator.permuted(unmoved, axis=1))[0]
+                for block_IJ in values_DIJ
+            ],
+            axis=0,
+        )
     exceeding = int((means_P >= threshold).sum())
     # Drawn shuffles count the observed labelling once more (Phipson and Smyth 2010).
     p = exceeding / len(means_P) if exact else (exceeding + 1) / (len(means_P) + 1)
@@ -103,11 +109,16 @@ def _check_square(values_DIJ: Floats) -> None:
         raise InputError(f"a square table of at least 2 x 2 is needed, found {rows} x {columns}")
 
 
-def _complete(block_IJ: Floats) -> float:
-    """The contrast of a complete table: mean of the diagonal minus mean of the rest."""
-    size = len(block_IJ)
-    on = float(np.trace(block_IJ))
-    return on / size - (float(block_IJ.sum()) - on) / (size * (size - 1))
+def _complete(values_DIJ: Floats, orders_PI: NDArray[np.int64]) -> Floats:
+    """Contrasts of complete tables with their rows in each order (D, P).
+
+    Without gaps least squares is the mean of the diagonal minus the mean of the rest.
+    """
+    size = values_DIJ.shape[1]
+    on_DP = values_DIJ[:, orders_PI, np.arange(size)].sum(2)
+    rest_DP = values_DIJ.sum((1, 2))[:, None] - on_DP
+    found: Floats = on_DP / size - rest_DP / (size * (size - 1))
+    return found
 
 
 def _weights(seen_IJ: Bools) -> Floats:
