@@ -140,10 +140,13 @@ def two_lines_of_points(x: Floats, y: Floats) -> TwoLines:
     within = float(((y - mean_K[index]) ** 2).sum())
     flat_NK = flat_top(x_K, mean_K[None], count_K.astype(float), np.array([within]), float(len(x)))
     start = _quantile(x_K, flat_NK, count_K, np.array([0.5]))[0]
-    z_up, z_down = _point_line(x, y, start, 0)[1], _point_line(x, y, start, 1)[1]
+    z_up, z_down = line_of_points(x, y, start, 0)[1], line_of_points(x, y, start, 1)[1]
     share = _weaker(np.array([z_up]), np.array([z_down]))
     at = float(_quantile(x_K, flat_NK, count_K, share)[0])
-    (slope_up, z_up), (slope_down, z_down) = _point_line(x, y, at, 0), _point_line(x, y, at, 1)
+    (slope_up, z_up), (slope_down, z_down) = (
+        line_of_points(x, y, at, 0),
+        line_of_points(x, y, at, 1),
+    )
     p_up = float(_p_value(np.array([z_up]), None)[0])
     p_down = float(_p_value(np.array([-z_down]), None)[0])
     return TwoLines(
@@ -160,8 +163,8 @@ def two_lines_of_points(x: Floats, y: Floats) -> TwoLines:
     )
 
 
-def _point_line(x: Floats, y: Floats, at: float, side: int) -> tuple[float, float]:
-    """Slope and z of line 0 (up to the break) or 1 (from it); the other line is fitted beside."""
+def line_of_points(x: Floats, y: Floats, at: float, side: int) -> tuple[float, float]:
+    """Slope and z (HC3) of line 0, up to the break `at`, or 1, from it; the other is fitted too."""
     regression: Any = import_module("statsmodels.regression.linear_model")
     own = (x <= at) if side == 0 else (x >= at)
     off = x - at

@@ -119,6 +119,14 @@ def test_the_permutation_test_keeps_its_level(blocks: int) -> None:
     assert simulate.specificity_errors(600, blocks) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 600)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("n_datasets", [3, 6])
+def test_context_and_rank_or_scale_keep_their_level(n_datasets: int) -> None:
+    limit = 0.05 + 3 * np.sqrt(0.05 * 0.95 / 1000)
+    assert simulate.context_errors(1000, n_datasets) <= limit
+    assert simulate.rank_or_scale_errors(1000, n_datasets) <= limit
+
+
 def students(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """log2 rank, log2 norm and dataset number: 6 datasets, 7 ranks, 2 learning rates."""
     generator = np.random.default_rng(seed)

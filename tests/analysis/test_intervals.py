@@ -7,11 +7,11 @@ import pytest
 from scipy import optimize, stats
 
 from sublim_plugin.analysis import simulate
+from sublim_plugin.analysis.cluster_bootstrap import bootstrap_intervals
 from sublim_plugin.analysis.cluster_intervals import (
     half_widths,
     interval,
     p_beyond,
-    studentized,
     variances,
 )
 from sublim_plugin.analysis.equivalence import against_best, equivalence, flat_in_rank
@@ -28,8 +28,9 @@ from sublim_plugin.core.errors import InputError
 
 QUICK, FULL = 1000, 20_000
 INSIDE = 0.015
-OUTSIDE_THE_BAND = {("two kinds of datasets", 6)}
-"""Where 6 datasets are all of one kind (5 in 100 draws) their spread says nothing of the other."""
+AT_THE_EDGE = {("two kinds of datasets", 6)}
+"""Where 6 datasets are all of one kind (5 in 100 draws) their spread says nothing of the other:
+.9347 (SE .0008) in 100,000 draws, where the band begins at .935."""
 
 
 def table(d: int = 6, q: int = 50, seed: int = 0) -> np.ndarray:
@@ -101,14 +102,30 @@ def test_p_is_the_level_at_which_the_interval_ends_there(q: int) -> None:
         assert p_beyond(interval(values), 0.0) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_studentized_bootstrap_is_near_and_repeats() -> None:
+def test_bootstrap_intervals_draw_both_clusters_and_repeat() -> None:
     values = table(12)
-    found = interval(values)
-    low, high = studentized(values, seed=1)
-    assert (low, high) == studentized(values, seed=1)
+    found, resampled = interval(values), bootstrap_intervals(values, seed=1)
+    assert resampled == bootstrap_intervals(values, seed=1)
     assert found.low is not None and found.high is not None
-    assert (high - low) == pytest.approx(found.high - found.low, rel=0.35)
-    assert low < values.mean() < high
+    for low, high in resampled.values():
+        assert low < values.mean() < high
+        assert (high - low) == pytest.approx(found.high - found.low, rel=0.35)
+    # questions of one dataset's worth of spread: an interval that kept them fixed would be narrow
+    questions = np.tile(np.linspace(-3, 3, 50), (6, 1)) + 1e-3 * table(6)
+    low, high = bootstrap_intervals(questions)["percentile"]
+    assert high - low == pytest.approx(2 * 1.96 * questions.mean(0).std() / np.sqrt(50), rel=0.15)
+
+
+@pytest.mark.parametrize("q", [1, 20])
+def test_percentile_and_bca_are_near_scipys_where_one_cluster_varies(q: int) -> None:
+    """scipy resamples one axis only, so here the other does not vary."""
+    values = np.repeat(np.random.default_rng(3).gamma(1.0, 1.0, (12, 1)), q, axis=1)
+    found = bootstrap_intervals(values, resamples=20_000)
+    for method in ("percentile", "BCa"):
+        other = stats.bootstrap(
+            (values[:, 0],), np.mean, n_resamples=20_000, method=method, rng=5
+        ).confidence_interval
+        assert found[method] == pytest.approx((other.low, other.high), abs=0.05)
 
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, float("nan"), float("inf")])
@@ -259,27 +276,11 @@ def test_power_is_that_of_the_noncentral_t() -> None:
     assert stats.nct.sf(stats.t.ppf(0.9975, 3), 3, 2 * strict) == pytest.approx(0.8, abs=1e-5)
 
 
-@pytest.mark.parametrize(("n_datasets", "level"), [(3, 0.05), (6, 0.05), (6, 0.005), (12, 0.005)])
+@pytest.mark.parametrize(("n_datasets", "level"), [(3, 0.05), (6, 0.005)])
 def test_the_smallest_effect_is_seen_in_four_of_five_studies(n_datasets: int, level: float) -> None:
     """By simulation, with the interval that decides: its standard error and its level."""
-    sd, question_sd, rest_sd, draws = 0.5, 1.0, 0.5, 4000
-    effect = detectable(
-        n_datasets,
-        float(np.sqrt(sd**2 + rest_sd**2 / 50)),
-        se_questions=question_sd / np.sqrt(50),
-        n_questions=50,
-        level=level,
-    ).effect
-    assert effect is not None
-    generator = np.random.default_rng(11)
-    values = (
-        effect
-        + sd * generator.normal(size=(draws, n_datasets, 1))
-        + question_sd * generator.normal(size=(draws, 1, 50))
-        + rest_sd * generator.normal(size=(draws, n_datasets, 50))
-    )
-    half = half_widths(*variances(values), n_datasets, 50, 1 - level)
-    assert (values.mean((1, 2)) > half).mean() == pytest.approx(0.8, abs=0.025)
+    share = simulate.power_at_the_smallest_effect(3000, n_datasets, level)
+    assert share == pytest.approx(0.8, abs=0.025)
 
 
 def test_questions_alone_can_hide_an_effect() -> None:
@@ -331,10 +332,20 @@ def test_coverage_quickly(kind: str) -> None:
 @pytest.mark.parametrize("n_datasets", [6, 12])
 @pytest.mark.parametrize("kind", CLUSTERED)
 def test_coverage(kind: str, n_datasets: int) -> None:
-    """95 +- 1.5% on clustered data; one kind lies 0.5 points below and the README says so."""
-    share = simulate.coverage(kind, 4000 if "sampled" in kind else FULL, n_datasets)
-    below = 0.022 if (kind, n_datasets) in OUTSIDE_THE_BAND else INSIDE
+    """95 +- 1.5% on clustered data; one kind is at the band's edge, and the docs say so."""
+    draws = 4000 if "sampled" in kind else FULL
+    share = simulate.coverage(kind, draws, n_datasets)
+    below = INSIDE + allowed(0.95, draws) * ((kind, n_datasets) in AT_THE_EDGE)
     assert 0.95 - below <= share <= 0.95 + INSIDE
+
+
+@pytest.mark.slow
+def test_the_bootstrap_covers_no_better() -> None:
+    """Why the report's interval is not a resampled one: at 6 datasets the best of them covers less
+    in its worst case, two kinds of datasets aside."""
+    for kind in ("skewed datasets", "normal", "heavy-tailed datasets"):
+        others = simulate.bootstrap_coverage(kind, 2000, 6)
+        assert max(others.values()) < simulate.coverage(kind, 2000, 6)
 
 
 def allowed(share: float, draws: int) -> float:
@@ -346,24 +357,42 @@ def test_equivalence_level_quickly() -> None:
     assert simulate.equivalence_errors("normal", 200, 6) <= 0.05 + allowed(0.05, 200)
 
 
+def test_equivalence_errors_are_those_of_the_test_itself() -> None:
+    values, truth = clustered("normal", 300, 6, np.random.default_rng(simulate.SEED))
+    sides = [
+        np.mean([equivalence(value - truth + side, margin=1.0).equivalent for value in values])
+        for side in (1.0, -1.0)
+    ]
+    assert simulate.equivalence_errors("normal", 300, 6) == max(sides)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n_datasets", [6, 12])
 @pytest.mark.parametrize("kind", CLUSTERED)
 def test_equivalence_keeps_its_level(kind: str, n_datasets: int) -> None:
     """At most 5%, also with skewed datasets, where a one-sided test errs twice its nominal 2.5%."""
-    share = simulate.equivalence_errors(kind, 3000, n_datasets)
-    assert share <= 0.05 + allowed(0.05, 3000)
+    share = simulate.equivalence_errors(kind, 4000, n_datasets)
+    assert share <= 0.05 + allowed(0.05, 4000)
 
 
 @pytest.mark.slow
 def test_equivalence_has_power() -> None:
-    assert simulate.equivalence_power(2.0, 500, 12) > 0.9
+    assert simulate.equivalence_power(2.0, 4000, 12) > 0.9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_datasets", [6, 12])
+@pytest.mark.parametrize("n_datasets", [3, 6, 12])
 def test_flatness_and_the_best_rank_keep_their_level(n_datasets: int) -> None:
-    assert simulate.flat_errors(300, n_datasets) <= 0.05
-    honest, naive = simulate.against_best_errors(2000, n_datasets)
-    assert honest <= 0.05
-    assert naive > 0.1, "comparing with the best of the same data errs; that is why it is not done"
+    assert simulate.flat_errors(250, n_datasets) <= 0.05
+    for own_shape in (0.0, 0.5):
+        honest, naive = simulate.against_best_errors(1000, n_datasets, own_shape=own_shape)
+        assert honest <= 0.05 + allowed(0.05, 1000)
+    assert naive > 0.05, "comparing with the best of the same data errs; it is not done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_datasets", [3, 6, 12])
+def test_power_is_what_was_named(n_datasets: int) -> None:
+    for level in (0.05, 0.005):
+        share = simulate.power_at_the_smallest_effect(4000, n_datasets, level)
+        assert share == pytest.approx(0.8, abs=0.02)
