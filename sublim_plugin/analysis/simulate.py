@@ -24,7 +24,9 @@ from sublim_plugin.analysis.power import detectable
 from sublim_plugin.analysis.rank_or_scale import rank_or_scale
 from sublim_plugin.analysis.rank_shape import claims_batch, peak_set
 from sublim_plugin.analysis.simulated_truths import (
+    CELL_SD,
     CLUSTERED,
+    DATASET_SD,
     NOT_A_U,
     RANKS,
     TENTS,
@@ -159,20 +161,19 @@ def against_best_errors(
 
 
 def rank_or_scale_errors(draws: int, n_datasets: int, seed: int = SEED) -> float:
-    """Share that prefers one of two predictors which matter alike, each in half of the cells.
+    """Share that prefers one of two predictors which matter alike.
 
-    12 students per dataset, 4 values of one predictor by 3 of the other in random places; both
-    raise transmission by 0.3 per step, noise SD 0.8.
+    16 students per dataset, 4 values of one predictor by 4 of the other; both raise transmission by
+    0.3 per step, dataset SD and noise SD 0.8.
     """
     generator = np.random.default_rng(seed)
-    dataset = np.repeat(np.arange(float(n_datasets)), 12)
+    dataset = np.repeat(np.arange(float(n_datasets)), 16)
+    one, other = np.divmod(np.tile(np.arange(16.0), n_datasets), 4)
     preferred = 0
     for _ in range(draws):
-        one, other = generator.integers(0, 4, (2, 12)).astype(float)
-        x = {"one": np.tile(one, n_datasets), "other": np.tile(other, n_datasets)}
-        y = 0.3 * (x["one"] + x["other"]) + generator.normal(0, 0.8, len(dataset))
-        (pair,) = rank_or_scale(x, y + generator.normal(0, 0.8, n_datasets)[dataset.astype(int)],
-                                dataset).comparisons  # fmt: skip
+        level = np.repeat(generator.normal(0, DATASET_SD, n_datasets), 16)
+        y = 0.3 * (one + other) + level + generator.normal(0, CELL_SD, len(dataset))
+        (pair,) = rank_or_scale({"one": one, "other": other}, y, dataset).comparisons
         gap = pair.error_difference
         preferred += pair.separable and (gap.low or 0.0) * (gap.high or 0.0) > 0
     return preferred / draws
