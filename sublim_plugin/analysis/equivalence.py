@@ -3,7 +3,7 @@
 "Not significantly different from the base" is not "at the base". Two one-sided tests (Schuirmann
 1987) ask whether the mean over datasets lies above -margin and below +margin. Each is made at a
 nominal 2.5%, so both pass exactly when the 95% interval lies inside. The customary 5% each (a 90%
-interval) is not enough here: 6 datasets with a skewness of 1 would pass a mean on the margin in 9
+interval) is not enough here: 6 datasets with a skewness of 1 would pass a mean on the margin in 10
 of 100. At 2.5% such datasets do so in 5 to 6 of 100, normal ones in 2.6 (`docs/statistics.md`),
 so 5% is the error to count with. Datasets are the unit and the block of every difference.
 """

@@ -18,9 +18,10 @@ from sublim_plugin.analysis.power import (
     planned_power,
 )
 from sublim_plugin.analysis.rank_shape import over_traits
-from sublim_plugin.analysis.replication import too_few_datasets
+from sublim_plugin.analysis.replication import MIN_DATASETS, too_few_datasets
 from sublim_plugin.analysis.transmission import QuestionDifferences, TransmissionRow
 
+FEW = " (so few that a 95% interval may hold the truth in 89% only, see docs/statistics.md)"
 Tested = list[tuple[Effect, float]]
 
 
@@ -114,6 +115,8 @@ def _decide(tested: Sequence[Effect]) -> dict[str, Any]:
         "rows": best.rows,
     }
     count = f"{best.n_datasets} datasets"
+    if best.n_datasets == MIN_DATASETS:
+        count += FEW
     if raised:
         others = [pair for pair in over_base if pair[0] not in [effect for effect, _ in raised]]
         rest = f"; above the base only with {_names(others)}" if others else ""
