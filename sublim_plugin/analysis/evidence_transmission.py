@@ -140,7 +140,7 @@ def _decide(tested: Sequence[Effect]) -> dict[str, Any]:
     return answer | {
         "verdict": "no evidence of transmission",
         "sentence": f"no evidence of transmission: {count}{seen}; highest mean with "
-        f"{best.method}: {number}",
+        f"{best.method}: {number}{f' (adjusted {p_text(p)})' if len(tested) > 1 else ''}",
         "smallest_effect": smallest,
     }
 
