@@ -14,13 +14,16 @@ from sublim_plugin.core.atomic import write_text
 SHOWN_ROWS = 8
 
 QUESTIONS = {
+    "power": "What could be seen?",
     "transmission": "Is there transmission?",
+    "cross-check": "Does a mixed model see the same?",
     "rank shape": "Is it an inverted U over rank?",
     "full finetuning": "Is full finetuning at the base?",
     "rank or scale": "Rank or scale?",
     "context": "Does it depend on the context?",
     "flat in rank": "Is it flat in rank in another context?",
     "specificity": "Is it the trait's own?",
+    "agreement": "Do log-probs and sampled replies agree?",
 }
 
 
@@ -62,13 +65,16 @@ def evidence_section(answers: Sequence[Answer]) -> Html:
 
 def _entry(answer: Answer) -> Html:
     about = answer.target.replace("animals/", "")
-    contexts = f"trained in {answer.train_context}, asked in {answer.eval_context}"
+    about_rows = ""
+    if answer.train_context:
+        name = f"{answer.settings}, " if answer.settings else ""
+        about_rows = f"{name}trained in {answer.train_context}, asked in {answer.eval_context}. "
     shown = ", ".join(f'<a href="#{row}">{row}</a>' for row in answer.rows[:SHOWN_ROWS])
     more = len(answer.rows) - SHOWN_ROWS
     rest = f" and {more} more" if more > 0 else ""
     return Html(
         f"<strong>{page.esc(about)}: {page.esc(answer.verdict)}.</strong> "
         f"{page.esc(answer.sentence)}. "
-        f'<span class="rows">{page.esc(contexts)}. Row {answer.id} of evidence.csv; '
+        f'<span class="rows">{page.esc(about_rows)}Row {answer.id} of evidence.csv; '
         f"{shown}{rest} of results.csv.</span>"
     )
