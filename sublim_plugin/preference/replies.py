@@ -24,9 +24,10 @@ class SampledReplies:
 
     Repeat k of a question has random numbers of its own, which depend on `sample_seed`, the prompt,
     the sampler and k alone, so tasks that ask the same question share its replies: each is drawn
-    once, and a task's replies are the same whatever is asked beside it. The logits that they meet round otherwise in a batch of another size, which tips
-    about one draw in a thousand over the whole vocabulary: a continued run is as good as an
-    uninterrupted one, not the same to the last reply. What `journal` holds is not drawn again.
+    once, and a task's replies are the same whatever is asked beside it. The logits that the numbers
+    meet round otherwise in a batch of another size, which tips about one draw in a thousand over
+    the whole vocabulary: a continued run is as good as an uninterrupted one, not the same to the
+    last reply. What `journal` holds is not drawn again.
     """
 
     journal: Journal | None = None
