@@ -45,7 +45,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 
 from sublim_plugin.core.base_models import EMBEDDED, resolve
-from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
+from sublim_plugin.lm_eval_hook import tasks_folder
 from sublim_plugin.logprob.token_tree import build_trie, common_prefix
 from sublim_plugin.preference.evaluate import student_on
 from sublim_plugin.preference.host import run_tasks
@@ -85,7 +85,6 @@ def run_task(lm: Any, task: str, limit: int) -> tuple[float, list[dict[str, Any]
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    merge_run_metadata(TaskManager)
     manager = TaskManager(include_path=tasks_folder(), include_defaults=False)
     began = time.perf_counter()
     results: Any

@@ -8,10 +8,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 import sublim_plugin.lm_eval_hook as hook
 
 ROOT = str(Path(hook.__file__).parents[1])
 ROOT_OF_TESTS = Path(__file__).parents[2]
+
+
+PTH = (ROOT_OF_TESTS / "sublim.pth").read_text()
 
 
 PACKAGES = [path for path in sys.path if path.endswith("site-packages")]
@@ -161,17 +166,39 @@ def test_start_costs_less_than_a_millisecond(tmp_path):
     code = f"""
 import os, time
 start = time.perf_counter()
-{IMPORT}
+{PTH}
 print(time.perf_counter() - start)
+assert "sublim_plugin.lm_eval_hook" in sys.modules
 """
     # pip compiles what it installs; a checkout may be told not to.
     compiled = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
     assert min(float(python(code, **compiled)) for _ in range(10)) < 1e-3
 
 
-def test_the_pth_file_is_one_import():
-    lines = (ROOT_OF_TESTS / "sublim.pth").read_text().splitlines()
-    assert lines == ["import sublim_plugin.lm_eval_hook"]
+def test_the_pth_file_is_one_line_that_imports():
+    """`site` runs the lines that begin with "import "."""
+    (line,) = (ROOT_OF_TESTS / "sublim.pth").read_text().splitlines()
+    assert line.startswith("import ")
+
+
+@pytest.mark.parametrize("broken", [None, "import no_such_module", "1 / 0"])
+def test_the_pth_file_is_silent_where_the_package_is_gone_or_broken(tmp_path, broken):
+    """As after an editable checkout was moved: Python starts without a word."""
+    (tmp_path / "sublim.pth").write_text(PTH)
+    if broken is not None:
+        package = tmp_path / "sublim_plugin"
+        package.mkdir()
+        (package / "__init__.py").touch()
+        (package / "lm_eval_hook.py").write_text(broken)
+    code = (
+        f"import site, sys; site.addsitedir({str(tmp_path)!r}); "
+        "print('sublim_plugin' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [str(broken is not None)]
 
 
 def test_the_start_file_is_one_entry_point_that_can_be_called_again():
