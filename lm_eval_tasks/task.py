@@ -322,7 +322,7 @@ class SampledTask(_Preference):
         super().build_all_requests(**options)
 
     def construct_requests(
-        self, doc: dict[str, Any], ctx: str, metadata: Any = None, **_: Any
+        self, doc: dict[str, Any], ctx: str, metadata: Any = (None, None, None), **_: Any
     ) -> list[Instance]:
         return [
             Instance(

@@ -65,6 +65,25 @@ def test_the_installed_hook_needs_no_import():
     assert off.split()[-2:] == ["False", "False"]
 
 
+def test_the_runs_metadata_reaches_the_tasks_without_the_hook():
+    code = """
+from lm_eval.tasks import TaskManager
+import sys
+manager = TaskManager(
+    include_path=sys.argv[1], include_defaults=False,
+    metadata={"context": "none", "pretrained": "MODEL"},
+)
+task = manager.load_task_or_group(["subliminal_cat"])["subliminal_cat"]
+print(task.context.kind, task.config.metadata["pretrained"], task.config.metadata["trait"])
+"""
+    run = ("-W", "ignore", "-c", code, hook.tasks_folder())
+    assert python("", *run, SUBLIM_NO_LM_EVAL_HOOK="1").split()[-3:] == [
+        "none",
+        "MODEL",
+        "animals/cat",
+    ]
+
+
 def test_users_paths_are_kept_after_ours():
     ours = hook.tasks_folder()
     assert hook._with_ours(None) == [ours]
