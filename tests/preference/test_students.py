@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sublim_plugin.cli import main
 from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.preference.shared_lm import folded
@@ -385,3 +387,14 @@ def test_what_is_more_than_a_product_is_not_folded(toy_base, change):
         expected = adapted(ids).logits
         with folded(adapted):
             assert torch.allclose(adapted(ids).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_as_the_base_is_told_where_it_belongs(copy, toy_base, tmp_path, with_config):
+    """axolotl writes a config.json beside an adapter; transformers would load both as one model."""
+    if with_config:
+        shutil.copy(toy_base / "config.json", copy)
+    command = ["eval", "--model", str(copy), "--tasks", "subliminal_cat", "--out", str(tmp_path)]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 2
+    assert str(copy) in done.stderr and "--adapters" in done.stderr
