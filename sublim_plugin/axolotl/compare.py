@@ -87,7 +87,8 @@ def base_of(folder: Path, receipt: Receipt | None, given: str | None) -> Path:
         raise InputError(f"{folder} has no {RECEIPT_NAME} that names its base model; add --base.")
     base = base_models.resolve(name) if given or is_local(name) else base_folder(name)
     if is_adapter(folder):
-        check_adapter_base(folder, base, recorded_base(folder))
+        revision = adapter_settings(folder).get("revision")
+        check_adapter_base(folder, base, recorded_base(folder), revision)
     else:
         check_full_base(folder, base)
     return base
