@@ -320,7 +320,7 @@ def _legend(figure: Figure, points: Sequence[RankPoint], series: Sequence[str]) 
         if any(p.role == "student" and p.rank is None for p in mine):
             handles.append(Line2D([], [], marker="D", ls="", label=f"full{after}", **shared))
         if any(p.role == "control" for p in mine):
-            hollow = {"mfc": "white", "mew": 1.1, "ls": ":"}
+            hollow: dict[str, Any] = {"mfc": "white", "mew": 1.1, "ls": ":"}
             label = f"neutral numbers{after}"
             handles.append(Line2D([], [], marker=marker, label=label, **hollow, **shared))
     if any(p.kind == "dataset" for p in points):

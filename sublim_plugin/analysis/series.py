@@ -22,8 +22,8 @@ def series_names(rows: Sequence[TransmissionRow], *, context: bool = True) -> di
                 continue
             values = {row.row: _part(row, name) for row in mine}
             if len(set(values.values())) > 1:
-                for row, text in values.items():
-                    parts[row].append(text)
+                for name_of, text in values.items():
+                    parts[name_of].append(text)
     labels = {row: ", ".join(filter(None, texts)) for row, texts in parts.items()}
     alike: dict[tuple[object, ...], set[str]] = {}
     for row in own:
