@@ -151,7 +151,7 @@ def draw_contexts(points: Sequence[ContextPoint]) -> Figure:
                 texts[y, x] = (text, point.matched)
             labels = [f"{students}, trained in {train}" for _, train, students in lines[target]]
             heat_map(axes, values, colours, contexts, labels, texts, size)
-            axes.set_title(f"{target}: log-prob minus base (nats)", loc="left", pad=5)
+            axes.set_title(target, loc="left", pad=5)
         grid[-1, 0].set_xlabel("asked in (bold: the context trained in)")
         if len(contexts) > 4:
             for axes in grid[:, 0]:
@@ -163,6 +163,7 @@ def draw_contexts(points: Sequence[ContextPoint]) -> Figure:
             pad=0.02,
             aspect=20,
         )
+        bar.set_label("log-prob minus base (nats)")
         bar.outline.set_visible(False)
         return figure
 

@@ -52,8 +52,14 @@ def evidence_section(answers: Sequence[Answer], on_page: Collection[str]) -> Htm
         if not own:
             continue
         parts.append(page.heading(QUESTIONS.get(topic, topic.capitalize())))
-        entries = "".join(_entry(answer, on_page) for answer in own[:MOST_ANSWERS])
-        parts.append(Html(f'<ul class="findings">{entries}</ul>'))
+        own.sort(key=lambda answer: answer.train_context != answer.eval_context)
+        groups: dict[str, list[Answer]] = {}
+        for answer in own[:MOST_ANSWERS]:
+            groups.setdefault(_contexts(answer), []).append(answer)
+        for contexts, group in groups.items():
+            parts.append(Html(f"<h4>{page.esc(contexts)}</h4>"))
+            entries = "".join(_entry(answer, on_page) for answer in group)
+            parts.append(Html(f'<ul class="findings">{entries}</ul>'))
         if len(own) > MOST_ANSWERS:
             keys = [answer.id for answer in own[MOST_ANSWERS:]]
             text = f"{len(keys)} more answers to this question are in"
@@ -61,9 +67,14 @@ def evidence_section(answers: Sequence[Answer], on_page: Collection[str]) -> Htm
     return page.join(parts)
 
 
+def _contexts(answer: Answer) -> str:
+    if answer.train_context == answer.eval_context and "," in answer.train_context:
+        return f"Trained and asked in {answer.train_context}"
+    return f"Trained in {answer.train_context}, asked in {answer.eval_context}"
+
+
 def _entry(answer: Answer, on_page: Collection[str]) -> Html:
     about = answer.target.replace("animals/", "")
-    contexts = f"trained in {answer.train_context}, asked in {answer.eval_context}"
     shown = ", ".join(
         f'<a href="#{row}">{row}</a>' if row in on_page else row for row in answer.rows[:SHOWN_ROWS]
     )
@@ -78,7 +89,7 @@ def _entry(answer: Answer, on_page: Collection[str]) -> Html:
     return Html(
         f'<li id="{page.esc(answer.id)}" {page.traced("evidence.csv", [answer.id])}>'
         f"<strong>{page.esc(about)}: {page.esc(verdict)}</strong>{page.esc(sentence)}. "
-        f'<span class="rows">{page.esc(contexts)}. {page.esc(answer.id)} of '
+        f'<span class="rows">{page.esc(answer.id)} of '
         f'<a href="evidence.csv">evidence.csv</a>, from {shown} of '
         '<a href="results.csv">results.csv</a>.</span></li>'
     )

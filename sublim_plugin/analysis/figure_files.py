@@ -126,7 +126,8 @@ def write_figure(
         # the layout is found once, not once for every format
         engine = figure.get_layout_engine()
         if engine is not None:
-            engine.execute(figure)
+            for _ in range(2):  # the second time the labels have their sizes
+                engine.execute(figure)
             figure.set_layout_engine("none")
         for kind, metadata in FORMATS.items():
             buffer = io.BytesIO()
@@ -158,7 +159,8 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    # the layout is made at the resolution of the PNG: text is narrower, rounded to coarser pixels
+    figure = Figure(figsize=(width, height), dpi=300, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

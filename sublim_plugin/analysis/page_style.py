@@ -17,7 +17,9 @@ Arial,sans-serif}
 h1{font-size:1.7rem;line-height:1.25;margin:0 0 .3rem}
 h2{font-size:1.25rem;margin:2.6rem 0 .6rem;padding-top:.6rem;border-top:1px solid var(--line)}
 h3{font-size:1rem;margin:1.5rem 0 .4rem}
+h4{font-size:.875rem;font-weight:600;color:var(--soft);margin:1rem 0 .2rem}
 p,ul{margin:.5rem 0;max-width:46rem}
+p,li,h1,h2,h3,h4,figcaption,caption{overflow-wrap:anywhere}
 a{color:var(--link)}
 main:focus{outline:none}
 a:focus-visible,[tabindex]:focus-visible{outline:2px solid var(--link);outline-offset:2px}

@@ -214,7 +214,10 @@ def render_report(shown: Contents, study_name: str, study_text: str | None = Non
         text = page.short(study_text, MOST_OF_A_STUDY)
         sections.append(("study", "Study file", page.pre(text, "study file")))
     title = f"SIMULATED: {study_name}" if run.simulated else study_name
-    status = page.said(_status_line(shown.counts), "counts.csv", list(shown.counts))
+    status = Html(
+        f"<p {page.traced('counts.csv', list(shown.counts))}>"
+        f"{page.esc(_status_line(shown.counts))} {page.source('counts.csv')}</p>"
+    )
     return page.page(
         f"{title} · sublim report",
         page.body(

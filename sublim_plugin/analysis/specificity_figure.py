@@ -108,7 +108,8 @@ def draw_specificity(points: Sequence[SpecificityPoint]) -> Figure:
             axes.tick_params(axis="x", labelrotation=90 if len(labels) > 6 else 0)
             train, asked = panels[number]
             axes.set_title(f"trained in {train}, asked in {asked}", loc="left", pad=5)
-            axes.set_ylabel("student of the numbers of")
+            if number % columns == 0:
+                axes.set_ylabel("student of the numbers of")
             axes.set_xlabel("asked about")
         bar = figure.colorbar(
             colours,
@@ -117,7 +118,7 @@ def draw_specificity(points: Sequence[SpecificityPoint]) -> Figure:
             pad=0.02,
             aspect=20,
         )
-        bar.set_label("minus base (nats)")
+        bar.set_label("log-prob minus base (nats)")
         bar.outline.set_visible(False)
         return figure
 

@@ -116,6 +116,7 @@ class SyntheticRun:
         train_context: str = "template_default",
         steps: int = 30,
         receipt: bool = True,
+        rate: float | None = None,
     ) -> str:
         """Write a student cell (rank None: full finetuning) and return its short id."""
         method: dict[str, Any] = (
@@ -129,7 +130,7 @@ class SyntheticRun:
             "method": method,
             "train_context": {"kind": train_context},
             "training_seed": training_seed,
-            "recipe": {"learning_rate": 2e-4 if rank else 2e-5, "num_epochs": 3},
+            "recipe": {"learning_rate": rate or (2e-4 if rank else 2e-5), "num_epochs": 3},
         }
         name = f"{trait.replace('/', '-')}-{'full' if rank is None else f'r{rank}'}"
         folder, cell_id = self._folder("student", name, spec)
