@@ -80,15 +80,14 @@ def _entry(answer: Answer, on_page: Collection[str]) -> Html:
     )
     more = len(answer.rows) - SHOWN_ROWS
     shown += f" and {more} more" if more > 0 else ""
-    # a sentence that begins with its verdict does not say it twice
     verdict, sentence = answer.verdict, answer.sentence
-    if sentence.startswith(verdict):
-        sentence = sentence[len(verdict) :]
+    if sentence.startswith(verdict):  # then it is not said twice
+        lead, sentence = f"{about}: {verdict}", sentence[len(verdict) :]
     else:
-        sentence = f". {sentence[:1].upper()}{sentence[1:]}"
+        lead, sentence = f"{about}, {verdict}:", f" {sentence}"
     return Html(
         f'<li id="{page.esc(answer.id)}" {page.traced("evidence.csv", [answer.id])}>'
-        f"<strong>{page.esc(about)}: {page.esc(verdict)}</strong>{page.esc(sentence)}. "
+        f"<strong>{page.esc(lead)}</strong>{page.esc(sentence)}. "
         f'<span class="rows">{page.esc(answer.id)} of '
         f'<a href="evidence.csv">evidence.csv</a>, from {shown} of '
         '<a href="results.csv">results.csv</a>.</span></li>'

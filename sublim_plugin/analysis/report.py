@@ -190,7 +190,7 @@ def render_report(shown: Contents, study_name: str, study_text: str | None = Non
     on_page = {row.row for block, _ in shown_rows(rows) for row in block} if rows else set()
     specificity = specificity_section(figures["specificity"], shown.specificity_rows)
     sections = [
-        ("answers", "Answers", evidence_section(shown.answers, on_page)),
+        ("evidence", "Answers", evidence_section(shown.answers, on_page)),
         ("rank", "Transmission against rank", rank_section(figures["transmission"])),
         ("scale", "Rank or scale", scale_section(figures["scale"])),
         ("context", "Train and eval context", context_section(rows, figures["contexts"])),

@@ -314,11 +314,10 @@ def test_each_sentence_from_data_names_a_csv_row_that_holds_it(tmp_path: Path) -
             known = {next(iter(line.values())): line for line in lines}
             assert set(keys) <= known.keys(), (where, text)
             traced += 1
-            if name in ("evidence.csv", "methods.csv"):
-                sentence = known[keys[0]]["sentence" if name == "evidence.csv" else "text"]
-                squeezed = [re.sub(r"\W+", "", part).lower() for part in (sentence, text)]
-                # an answer's verdict stands before its sentence, in place of the same words
-                assert squeezed[0][-60:] in squeezed[1] or sentence[:200] in text
+            if name == "evidence.csv":
+                assert known[keys[0]]["sentence"] in text
+            if name == "methods.csv":
+                assert known[keys[0]]["text"] in text
         assert traced > 40
 
 
