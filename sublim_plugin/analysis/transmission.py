@@ -145,6 +145,11 @@ class _Table:
         self.bases = {
             _probe_key(probe): probe for probe in run.probes if probe.spec.student is None
         }
+        self.controls: dict[tuple[Any, ...], list[ProbeRecord]] = {}
+        for probe in run.probes:
+            student = self.students.get((probe.spec.student or "")[:12])
+            if student is not None and student.spec.trait == "neutral":
+                self.controls.setdefault(_pair_key(probe, student), []).append(probe)
         traits = [dataset.spec.trait for dataset in run.datasets]
         traits += [student.spec.trait for student in run.students]
         self.targets = [trait for trait in dict.fromkeys(traits) if trait != "neutral"]
@@ -289,19 +294,8 @@ class _Table:
             return None, "base"
         if student.spec.trait == "neutral":
             return None, "is the neutral student"
-        for other in self.run.probes:
-            if other.spec.student is None or _probe_key(other) != _probe_key(probe):
-                continue
-            control = self._student(other)
-            same_seeds = (
-                control.spec.generation_seed == student.spec.generation_seed
-                and control.spec.training_seed == student.spec.training_seed
-            )
-            if (
-                control.spec.trait == "neutral"
-                and same_seeds
-                and self._training(control) == self._training(student)
-            ):
+        for other in self.controls.get(_pair_key(probe, student), ()):
+            if self._training(self._student(other)) == self._training(student):
                 return other, ""
         return None, "no neutral student with the same method, recipe, context and seeds"
 
@@ -351,6 +345,11 @@ def _probe_key(probe: ProbeRecord) -> tuple[str, str, Context, str, str]:
         spec.measure,
         spec.questions_sha256,
     )
+
+
+def _pair_key(probe: ProbeRecord, student: StudentRecord) -> tuple[Any, ...]:
+    """What a student's probe shares with that of its neutral student, beside the training."""
+    return (*_probe_key(probe), student.spec.generation_seed, student.spec.training_seed)
 
 
 def _number(value: Any) -> float | None:
