@@ -51,10 +51,8 @@ def _describe(block: Sequence[TransmissionRow]) -> Description:
     matched = [row for row in students if row.vs_neutral_logprob is not None]
     if matched:
         low, high = _ends(matched, "vs_neutral_logprob")
-        sentences.append(
-            f"Against the neutral student of the same recipe and seeds: {low:+.3f} to {high:+.3f} "
-            "nats."
-        )
+        between = f"{low:+.3f}" if len(matched) == 1 else f"{low:+.3f} to {high:+.3f}"
+        sentences.append(f"Against the neutral student of its recipe and seeds: {between} nats.")
     used = [row for row in (base, *students, *controls) if row is not None]
     return Description(
         target=target,

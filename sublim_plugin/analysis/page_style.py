@@ -45,6 +45,7 @@ tr:target{background:var(--warn)}
 "DejaVu Sans Mono",monospace;font-size:.82rem}
 pre{background:var(--tint);border:1px solid var(--line);border-radius:4px;padding:.7rem .9rem;
 overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.82rem;line-height:1.45}
+.said{min-width:14rem;max-width:22rem}
 figure{margin:1rem 0}
 figure img{display:block;width:100%;height:auto;max-width:60rem;background:#fff;
 border:1px solid var(--line);border-radius:4px;padding:.5rem}

@@ -22,7 +22,9 @@ BUILDING = ".tmp-report-"
 ABANDONED_S = 3600.0
 """Age from which a folder under construction is one that a kill left behind."""
 
-FIGURES = ("transmission", "contexts", "specificity", "scale", "losses", "norms", "differences")
+COMPARISON = "differences.csv"
+"""The file by which a comparison's folder is known."""
+FIGURES = ("transmission", "contexts", "specificity", "scale", "losses", "norms")
 FILES = {
     "index.html",
     "references.bib",
@@ -40,6 +42,7 @@ FILES = {
             "datasets",
             "localization",
             "answers",
+            "differences",
             "settings",
         )
     ),

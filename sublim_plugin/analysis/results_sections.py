@@ -162,7 +162,7 @@ def _warnings(rows: Sequence[TransmissionRow]) -> list[Html]:
 
 
 def _effects_table(found: Sequence[Effect]) -> Html:
-    head = ["row", "target", "students", "trained in", "asked in", "datasets", "minus base"]
+    head = ["row", "students", "target", "trained in", "asked in", "datasets", "minus base"]
     head += ["95% interval", "p", "minus neutral", "95% interval"]
     return page.table(
         "Student minus base in nats, mean over datasets; intervals over datasets and questions, "
@@ -171,8 +171,8 @@ def _effects_table(found: Sequence[Effect]) -> Html:
         [
             [
                 f"F{number}",
-                effect.target,
                 effect.method + (" neutral" if effect.role == "control" else ""),
+                effect.target,
                 effect.train_context,
                 effect.eval_context,
                 effect.n_datasets,

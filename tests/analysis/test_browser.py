@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -201,6 +202,29 @@ def test_an_empty_and_a_failed_study_open_too(tab: Browser, tmp_path: Path) -> N
         assert complaints(tab) == []
         assert tab.evaluate("document.documentElement.scrollWidth") <= 360
         assert tab.evaluate("document.querySelector('h1').textContent").startswith(name)
+
+
+def test_a_comparison_opens_on_a_phone(tab: Browser, report: Path, tmp_path: Path) -> None:
+    from sublim_plugin.analysis.compare import side
+    from sublim_plugin.analysis.compare_page import write_comparison
+
+    shutil.copytree(report.parents[1] / "cells", tmp_path / "b" / "cells")
+    for folder in list((tmp_path / "b" / "cells").glob("*-neutral-*")):
+        shutil.rmtree(folder)
+    kept = [p for p in (tmp_path / "b" / "cells").glob("probe-*") if not _student_is_there(p)]
+    for folder in kept:
+        shutil.rmtree(folder)
+    a, b = side("a", report.parents[1], None), side("b", tmp_path / "b", None)
+    for width, scheme in ((360, "light"), (1280, "dark")):
+        tab.open(write_comparison(a, b, tmp_path / "c"), width, scheme=scheme)
+        assert complaints(tab) == []
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate(SMALLEST_CONTRAST)["ratio"] >= 4.5
+
+
+def _student_is_there(probe: Path) -> bool:
+    student = json.loads((probe / "manifest.json").read_text())["spec"]["student"]
+    return student is None or any(probe.parent.glob(f"student-*{student[:12]}"))
 
 
 @pytest.mark.slow
