@@ -7,7 +7,6 @@ and writes answers and events on 4, as JSON objects that end in a zero byte.
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 import os
 import select
@@ -125,6 +124,8 @@ class Browser:
 def browser() -> Iterator[Browser]:
     """Start Chromium with a profile of its own, and end it."""
     assert CHROMIUM is not None, NO_BROWSER
+    # so that neither the pipes nor subprocess's own descriptors are 3 or 4
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]
     ours_in, theirs_out = os.pipe()
     theirs_in, ours_out = os.pipe()
     # ignore_cleanup_errors: its helper processes may write for a moment longer
@@ -133,20 +134,19 @@ def browser() -> Iterator[Browser]:
 
         def place() -> None:
             """In the child: the two ends as descriptors 3 and 4, whatever they are now."""
-            ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]
-            for number, end in enumerate(ends, start=3):
-                os.dup2(end, number)
+            os.dup2(theirs_in, 3)
+            os.dup2(theirs_out, 4)
 
         process = subprocess.Popen(
             command,
-            pass_fds=(3, 4, theirs_in, theirs_out),
+            pass_fds=(3, 4),
             preexec_fn=place,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        for end in (theirs_in, theirs_out, *held):
+            os.close(end)
         try:
             tab = Browser(ours_in, ours_out)
             tab.attach()
