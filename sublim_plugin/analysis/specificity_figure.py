@@ -85,7 +85,7 @@ def draw_specificity(points: Sequence[SpecificityPoint]) -> Figure:
     most = max(len({p.trained_on for p in points if _panel(p) == panel}) for panel in panels)
     bands = -(-len(panels) // columns)
     with style(**{"axes.grid": False}):
-        side = 0.9 + min(0.42 * most, 2.9)
+        side = 1.05 + min(0.42 * most, 2.9)
         figure = new_figure(WIDTH if columns > 1 else 4.2, bands * side + 0.5)
         grid = figure.subplots(bands, columns, squeeze=False)
         colours = scale([point.vs_base_logprob for point in points])
@@ -107,7 +107,7 @@ def draw_specificity(points: Sequence[SpecificityPoint]) -> Figure:
             heat_map(axes, values, colours, short, short, texts, 7.0 if len(labels) < 8 else 5.0)
             axes.tick_params(axis="x", labelrotation=90 if len(labels) > 6 else 0)
             train, asked = panels[number]
-            axes.set_title(f"trained in {train}, asked in {asked}", loc="left", pad=5)
+            axes.set_title(f"trained in {train},\nasked in {asked}", loc="left", pad=5)
             if number % columns == 0:
                 axes.set_ylabel("student of the numbers of")
             axes.set_xlabel("asked about")
