@@ -115,7 +115,7 @@ def test_strips_and_parts_are_shown_with_their_files(tmp_path: Path) -> None:
     assert len(lines) == 1 + len(found.measures[0].parts)
     for line in lines:
         # tokens are in the strip; the table has the larger parts
-        shown = f"<th scope=\"row\" >{line['part']}</th>" in section
+        shown = f'<th scope="row" >{line["part"]}</th>' in section
         assert shown == (line["kind"] != "token")
         assert not shown or f"{float(line['sufficiency']):+.4f}" in section
     # a later report without the cell leaves nothing of it

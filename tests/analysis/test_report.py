@@ -156,7 +156,7 @@ def test_readable_without_sight_of_the_figures(quickstart: Path) -> None:
 
 def test_it_says_what_was_found_and_what_was_run(quickstart: Path) -> None:
     text = read(quickstart).text
-    assert "No interval is drawn: 1 dataset, at least 3 are needed" in text
+    assert "no interval is drawn: 1 dataset, at least 3 are needed" in text
     assert CONSTRAINED in text
     for context in CONTEXTS:
         assert f"animals/cat, asked in {context}: The base's mean log-prob is" in text
