@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sublim_plugin.analysis.arrays import Floats
 from sublim_plugin.analysis.diagonal_contrast import block_contrasts
-from sublim_plugin.analysis.figures import BLUE, GREY, ORANGE, STYLE
+from sublim_plugin.analysis.figure_files import BLUE, GREY, ORANGE, STYLE
 from sublim_plugin.analysis.mixed import logit_of_count
 from sublim_plugin.analysis.power import ANCHORS, anchor_sd, datasets_needed, detectable
 from sublim_plugin.analysis.rank_shape import claims_batch, over_traits
