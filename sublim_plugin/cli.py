@@ -269,6 +269,7 @@ def new(traits: Path, questions: Path, out: Path) -> None:
 
     for name in write_own(traits, questions, out):
         click.echo(name)
+    click.echo(f"sublim eval --include-path {out} --tasks ...", err=True)
     click.echo(f"lm_eval --include_path {out} --tasks ...", err=True)
 
 

@@ -101,6 +101,7 @@ class Opened:
         else:
             from sublim_plugin.preference.evaluate import student_on
 
+            self.lm.shared = True  # the numbers of the student before may have turned it off
             with student_on(self.lm, self.base, folder, method):
                 yield
 

@@ -68,6 +68,22 @@ def check_finite(results: dict[str, Any], asked: Asked, model: str) -> None:
         )
 
 
+def notes_of(asked: Asked, results: dict[str, Any]) -> tuple[str, ...]:
+    """What a reader should know about one task's results: of the context, and of the numbers."""
+    plain, questions = plain_metrics(results, asked.task), _questions(results, asked)
+    notes = list(asked.notes)
+    if plain.get("coverage", 1.0) < LOW_COVERAGE:
+        notes.append(LOW)
+    if questions == 1:
+        notes.append("one question: no interval, which would be over questions")
+    elif _interval(results, asked) is None:
+        notes.append(
+            f"all {questions} questions give the same value: no interval, resampling them says "
+            "nothing of the spread"
+        )
+    return tuple(notes)
+
+
 def row_of(
     model: str, asked: Asked, results: dict[str, Any], samples: Path, more: Sequence[str] = ()
 ) -> Row:
@@ -75,19 +91,7 @@ def row_of(
     depend on what else was asked."""
     plain = plain_metrics(results, asked.task)
     metric = MAIN[asked.measure]
-    questions = int(results["n-samples"][asked.task]["effective"])
-    notes = [*asked.notes, *more]
-    if plain.get("coverage", 1.0) < LOW_COVERAGE:
-        notes.append(LOW)
-    low, high = plain[f"{metric}_low"], plain[f"{metric}_high"]
-    if questions < 2:
-        notes.append("one question: no interval, which would be over questions")
-    elif not low < high:
-        notes.append(
-            f"all {questions} questions give the same value: no interval, resampling them says "
-            "nothing of the spread"
-        )
-    ends = (low, high) if questions > 1 and low < high else (None, None)
+    low, high = _interval(results, asked) or (None, None)
     stamp = samples.stem.rpartition("_")[2]
     return Row(
         model=model,
@@ -95,15 +99,26 @@ def row_of(
         task=asked.task,
         metric=metric,
         value=plain[metric],
-        low=ends[0],
-        high=ends[1],
+        low=low,
+        high=high,
         minus_base=None,
         beside={key: plain[key] for key in BESIDE if key in plain},
-        notes=tuple(notes),
-        questions=questions,
+        notes=(*notes_of(asked, results), *more),
+        questions=_questions(results, asked),
         results=str(samples.with_name(f"results_{stamp}.json")),
         samples=str(samples),
     )
+
+
+def _questions(results: dict[str, Any], asked: Asked) -> int:
+    return int(results["n-samples"][asked.task]["effective"])
+
+
+def _interval(results: dict[str, Any], asked: Asked) -> tuple[float, float] | None:
+    """The interval of the main metric, or None where the questions do not give one."""
+    plain, metric = plain_metrics(results, asked.task), MAIN[asked.measure]
+    low, high = plain[f"{metric}_low"], plain[f"{metric}_high"]
+    return (low, high) if _questions(results, asked) > 1 and low < high else None
 
 
 def against_base(rows: Sequence[Row], base: Sequence[Row]) -> list[Row]:

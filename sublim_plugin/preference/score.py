@@ -36,7 +36,7 @@ from sublim_plugin.preference.models import (
     the_base,
 )
 from sublim_plugin.preference.opened import MERGED, Opened, check_engine
-from sublim_plugin.preference.rows import Row, against_base, check_finite, row_of
+from sublim_plugin.preference.rows import Row, against_base, check_finite, notes_of, row_of
 
 __all__ = ["Engine", "Row", "Student", "Unfinished", "identity", "score_students", "student"]
 
@@ -110,7 +110,7 @@ def score_students(
         asking.check_folder(index.include_path)
     common = identity(folder, engine=engine, dtype=dtype)
     untouched = the_base(folder, common)
-    students = named(untouched, [student(Path(path), common) for path in adapters])
+    students = named(untouched, _students(adapters, common))
     asked = asking.resolve(
         folder, list(dict.fromkeys(tasks)), _labelled(contexts), index, limit=limit, seed=seed
     )
@@ -138,16 +138,30 @@ def score_students(
     alike = _alike(asked)
     rows: dict[str, list[Row]] = {}
     for one in (untouched, *students):
-        found = {} if one.name in failed else _found(out, one, asked)
+        found = _found(out, one, asked)
         rows[one.name] = [
-            row_of(one.name, a, *found[key_of(one, a)], alike.get(a.label, ())) for a in asked
-            if found
-        ]  # fmt: skip
+            row_of(one.name, a, *found[key], alike.get(a.label, ()))
+            for a in asked
+            if (key := key_of(one, a)) in found
+        ]
     own = rows.pop(untouched.name)
     all_rows = [*own, *(row for each in rows.values() for row in against_base(each, own))]
     if failed:
         raise Unfinished(failed, all_rows)
     return all_rows
+
+
+def _students(adapters: Sequence[str | Path], common: dict[str, Any]) -> list[Student]:
+    """The students in these folders. Raises InputError with a line for each that is none."""
+    students, problems = [], []
+    for folder in adapters:
+        try:
+            students.append(student(Path(folder), common))
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    return students
 
 
 def _score_all(
@@ -256,7 +270,7 @@ def _run(
             "limit": limit,
             "seed": a.determines.get("seed"),
             "rendered_example": a.example,
-            "notes": a.notes,
+            "notes": notes_of(a, results),
             **opened.described(one.folder, one.method),
         }
         keep(folder, results, block, opened.base)
