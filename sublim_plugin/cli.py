@@ -243,87 +243,16 @@ def localize(ctx: click.Context, args: tuple[str, ...]) -> None:
     command.main(list(args), prog_name=ctx.command_path, standalone_mode=False)
 
 
-@main.command(name="eval")
-@click.option("--model", default="embedded:smollm2-135m-instruct", show_default=True)
-@click.option(
-    "--adapters",
-    multiple=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of an adapter, a checkpoint, or a study's student; may be given several times.",
+@main.command(
+    name="eval", **FORWARDED, short_help="Score a base and students of it on lm-eval tasks."
 )
-@click.argument("more", nargs=-1, type=click.Path(file_okay=False, path_type=Path))
-@click.option("--tasks", "names", required=True, help="lm-eval tasks of ours, with commas between.")
-@click.option("--contexts", help="Contexts to ask each task in, with commas between.")
-@click.option("--questions", help="A question set of your own.")
-@click.option("--out", default="scores", show_default=True, type=click.Path(path_type=Path))
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first questions.")
-@click.option("--seed", default=1, show_default=True, help="Seed of sampled replies.")
-@click.option(
-    "--engine", type=click.Choice(["transformers", "vllm"]), default="transformers",
-    show_default=True, help="vllm: sampled tasks only, all adapters in one engine.",
-)  # fmt: skip
-@click.option("--device", help="cpu, cuda, ...  [default: a GPU if there is one]")
-@click.option("--dtype", default="auto", show_default=True)
-@JSON
-def evaluate(
-    model: str,
-    adapters: tuple[Path, ...],
-    more: tuple[Path, ...],
-    names: str,
-    contexts: str | None,
-    questions: str | None,
-    out: Path,
-    limit: int | None,
-    seed: int,
-    engine: Any,
-    device: str | None,
-    dtype: str,
-    as_json: bool,
-) -> None:
-    """Score the base and students of it on lm-eval tasks; what is computed is never computed again.
+@ARGS
+@click.pass_context
+def evaluate(ctx: click.Context, args: tuple[str, ...]) -> None:
+    """`preference.command`."""
+    from sublim_plugin.preference.command import evaluate as command
 
-    MORE are further folders after --adapters: --adapters A B C.
-    """
-    # Bars that the hosts draw without being asked; ours ask.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    import logging
-    import warnings
-
-    from sublim_plugin.core.base_models import resolve
-    from sublim_plugin.core.contexts import Context
-    from sublim_plugin.preference import score
-
-    warnings.filterwarnings("ignore", module="bitsandbytes")  # what PEFT imports, and we never use
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-    base = resolve(model)
-    asked = [Context.parse(c) for c in contexts.split(",")] if contexts else [None]
-    common = score.identity(base, engine=engine, dtype=dtype)
-    students = [score.student(folder, common) for folder in (*adapters, *more)]
-    scorer = score.Scorer(base, out, students, engine=engine, device=device, dtype=dtype, seed=seed)
-    rows: list[Any] = []
-    reference: list[Any] = []
-    for one in (score.the_base(base, common), *students):
-        found = scorer.score(
-            one,
-            names.split(","),
-            asked,
-            questions=questions,
-            limit=limit,
-            said=lambda line: click.echo(line, err=True),
-        )
-        new = [
-            row
-            for context, results, at in found
-            for row in score.rows_of(one.name, results, at, context)
-        ]
-        reference = reference or new
-        rows += score.against_base(new, reference) if one.folder else new
-    if as_json:
-        click.echo(json.dumps([row.model_dump(mode="json") for row in rows]))
-    else:
-        click.echo(score.table(rows))
-        click.echo(f"replies and scores of every question: {out}/*/*/samples_*.jsonl")
+    _forward(ctx, command, args)
 
 
 @main.group()
@@ -365,6 +294,7 @@ def new(traits: Path, questions: Path, out: Path) -> None:
 
     for name in write_own(traits, questions, out):
         click.echo(name)
+    click.echo(f"sublim eval --include-path {out} --tasks ...", err=True)
     click.echo(f"lm_eval --include_path {out} --tasks ...", err=True)
 
 

