@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.traits import get_trait
 from sublim_plugin.localize.attach import adapter_branches, layers_of, refuse_uncovered
+from sublim_plugin.localize.divergence import Completion, read_completions
+from sublim_plugin.localize.patching import placements, recipients_of
 from sublim_plugin.localize.resolve import Branch, Profile, positions_of, profile, resolve
 from sublim_plugin.localize.results import Measure
 from sublim_plugin.localize.spans import Prompt, locate, one_line, span_table
@@ -76,17 +78,26 @@ class LocalizeSpec(BaseModel):
     patch: PatchSpec | None = None
     divergence: Path | None = None
 
+    @model_validator(mode="after")
+    def _beside_what(self) -> Self:
+        if self.beside and not self.spectra:
+            raise ValueError("beside sets spectra side by side: give spectra too")
+        return self
+
 
 class Plan(BaseModel):
-    """A localization before anything runs: the tokenizer, every question's prompt, the student by
-    its files, and the base's number of layers."""
+    """A localization before anything runs: the tokenizer, every question's prompt, the student and
+    those beside it by their files, the base's number of layers, and the completions of the
+    dataset with divergence tokens, with the sha256 of its rows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     tokenizer: Any
     prompts: tuple[Prompt, ...]
     student: Student
+    beside: tuple[Student, ...]
     layers: int
+    held_out: tuple[list[Completion], str] | None
 
 
 def plan(base: Path, folder: Path, spec: LocalizeSpec, dtype: str, say: Say) -> Plan:
@@ -113,13 +124,39 @@ def plan(base: Path, folder: Path, spec: LocalizeSpec, dtype: str, say: Say) -> 
             f"  {state}: {prompts[0].marked(positions_of(bits[0]))}\n"
         )
     if not spec.gates:
+        if "sampled" in spec.measures and spec.kinds and not set(spec.kinds) & set(SAMPLED_KINDS):
+            raise InputError(
+                f"sampled: {' and '.join(spec.kinds)} are scored by log-probability only; add one "
+                f"of {', '.join(SAMPLED_KINDS[:-1])} to the parts"
+            )
         say(_sweep_text(spec, prompts, layers))
-    one = student(folder, identity(base, engine="transformers", dtype=dtype))
+    if spec.patch is not None:
+        recipients = recipients_of(tokenizer, spec.patch, prompts)
+        places, source = placements(spec.patch, prompts, recipients)
+        say(
+            f"patched from {prompts[0].marked([source[0]])}\n"
+            f"into {recipients[0].marked(places[0].values())}\n"
+        )
+    held_out = None
+    if spec.divergence is not None:
+        held_out = read_completions(spec.divergence, tokenizer, spec.context)
+    common = identity(base, engine="transformers", dtype=dtype)
+    one, *beside = (student(path, common) for path in (folder, *spec.beside))
+    for each in (one, *beside):
+        if each.method == "lora":
+            assert each.folder is not None
+            refuse_uncovered(each.folder)
     if one.method == "lora":
         assert one.folder is not None
-        refuse_uncovered(one.folder)
         parts_of(spec, prompts, adapter_branches(one.folder), layers)
-    return Plan(tokenizer=tokenizer, prompts=prompts, student=one, layers=layers)
+    return Plan(
+        tokenizer=tokenizer,
+        prompts=prompts,
+        student=one,
+        beside=tuple(beside),
+        layers=layers,
+        held_out=held_out,
+    )
 
 
 def _prompts(spec: LocalizeSpec, tokenizer: Any) -> tuple[Prompt, ...]:

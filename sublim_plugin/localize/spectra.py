@@ -67,8 +67,8 @@ def decompose(gated: Gated, largest: int) -> dict[Branch, Svd]:
             elif isinstance(part.module, torch.nn.Linear):
                 change = part.student.weight.float() - part.module.weight.float()
                 u, s, vh = torch.linalg.svd(change, full_matrices=False)
-                first = [x[..., :largest].clone() for x in (u, s, vh.T)]  # the rest is let go
-                found[part.branch] = Svd(*first, tuple(s.double().tolist()))
+                u, kept, v = (x[..., :largest].clone() for x in (u, s, vh.T))
+                found[part.branch] = Svd(u, kept, v, tuple(s.double().tolist()))
     if not found:
         raise InputError(
             "spectra: the student changes no matrix in the decoder's layers; it changes "
