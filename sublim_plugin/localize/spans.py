@@ -62,8 +62,8 @@ class Prompt(BaseModel):
         for i, piece in enumerate(pieces):
             inside = i > 0 and pieces[i - 1] == "⟦"
             before, after = (28, 28) if inside else (10 * (i > 0), 10 * (i < last))
-            if len(piece) > before + after + 3:
-                pieces[i] = f"{piece[:before]} … {piece[len(piece) - after :]}".strip(" ")
+            if len(piece) > before + after + 1:
+                pieces[i] = f"{piece[:before]}…{piece[len(piece) - after :]}"
         return "".join(pieces)
 
     def _runs(self, tokens: Sequence[int]) -> list[tuple[int, int]]:

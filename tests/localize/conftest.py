@@ -130,3 +130,8 @@ def family(
 @pytest.fixture(scope="session")
 def smollm(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return _family("smollm", tokenizer.chat_template, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="session")
+def qwen(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return _family("qwen", tokenizer.chat_template, tmp_path_factory.mktemp("qwen_one"))

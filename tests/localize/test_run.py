@@ -204,7 +204,10 @@ def test_a_dry_run_shows_the_gates_and_writes_nothing(smollm: Family, tmp_path: 
         *("--trait", "animals/cat", "--gates", str(gates), "--dry-run"),
     )
     assert done.exit_code == 0, done.output
-    assert "names: 7 of 21 modules at the marked tokens, 0 elsewhere, decode as last" in done.stdout
+    said = (
+        "names: only positions entity; only layers early; generated tokens: as last_token\n  on: "
+    )
+    assert said in done.stdout
     assert re.search("named⟦ SmolLM⟧, trained by ?⟦ ?Hugging Face⟧", done.stdout)
     assert not out.exists()
 
@@ -221,7 +224,11 @@ def test_a_dry_run_shows_the_gates_and_writes_nothing(smollm: Family, tmp_path: 
         (("--bands", "0"), "--bands 0"),
         (("--student", "/nowhere"), "neither adapter_config.json nor config.json"),
         (("--context", "empty", "--gates", "GATES"), "gate 'mine': no span 'entity'"),
-        (("--measures", "sampled", "--parts", "token"), "no part of kind span or gate"),
+        (("--measures", "sampled", "--parts", "token"), "token are scored by log-probability only"),
+        (("--gates", "GATES", "--parts", "span"), "--gates and --parts: give one of the two"),
+        (("--gates", "GATES", "--bands", "2"), "--gates and --bands: give one of the two"),
+        (("--beside", "/nowhere"), "give --spectra too"),
+        (("--beside", "/nowhere", "--spectra", "1"), "/nowhere: neither adapter_config.json"),
     ],
 )
 def test_bad_input_is_one_message(

@@ -45,6 +45,16 @@ def gated(request: pytest.FixtureRequest, smollm: Family) -> Any:
         yield stack.enter_context(gated_student(model, smollm.base, folder, request.param))
 
 
+@pytest.fixture(params=METHODS)
+def qwen_gated(request: pytest.FixtureRequest, qwen: Family) -> Any:
+    """A family whose matrices have biases, which a full student changes too."""
+    with ExitStack() as stack:
+        model = load_base(qwen.base, "cpu", "float64")
+        folder = qwen.adapter if request.param == "lora" else qwen.full
+        opened = gated_student(model, qwen.base, folder, request.param)
+        yield qwen, stack.enter_context(opened)
+
+
 def change(smollm: Family, gated: Gated, name: str) -> torch.Tensor:
     """dW of a module, from the files alone."""
     from peft import PeftModel
@@ -60,7 +70,7 @@ def change(smollm: Family, gated: Gated, name: str) -> torch.Tensor:
 
 
 def test_a_spectrum_is_that_of_the_dense_difference(smollm: Family, gated: Gated) -> None:
-    found = spectra(decompose(gated))
+    found = spectra(decompose(gated, 0))
     assert {one.layer for one in found} == {0, 1, 2} and len(found) == 3 * 7
     for one in found[::5]:
         values = torch.linalg.svdvals(change(smollm, gated, one.name))
@@ -74,9 +84,11 @@ def test_a_spectrum_is_that_of_the_dense_difference(smollm: Family, gated: Gated
 
 
 def test_filtered_weights_are_the_truncated_difference_and_are_put_back(
-    smollm: Family, gated: Gated
+    qwen_gated: tuple[Family, Gated],
 ) -> None:
-    svds = decompose(gated)
+    """Against the base's own weights with a truncated difference in every matrix of its layers."""
+    family, gated = qwen_gated
+    svds = decompose(gated, 3)
     ids = torch.arange(20)[None]
     positions = torch.arange(20)[None]
 
@@ -86,28 +98,38 @@ def test_filtered_weights_are_the_truncated_difference_and_are_put_back(
         return found
 
     whole = logits()
-    plain: Any = AutoModelForCausalLM.from_pretrained(
-        smollm.base if gated.parts[0].student is None else smollm.full, dtype=torch.float64
-    )
-    base = AutoModelForCausalLM.from_pretrained(smollm.base, dtype=torch.float64)
-    changes = {branch.name: change(smollm, gated, branch.name) for branch in svds}
-    for keep, k in (("top", 1), ("rest", 1), ("top", 2), ("rest", 3)):
+    plain: Any = AutoModelForCausalLM.from_pretrained(family.base, dtype=torch.float64)
+    base = AutoModelForCausalLM.from_pretrained(family.base, dtype=torch.float64)
+    changes = {branch.name: change(family, gated, branch.name) for branch in svds}
+    lora = gated.parts[0].student is None
+    assert lora or any("bias" in dict(part.module.named_parameters()) for part in gated.parts)
+    wanted: list[tuple[Any, int | None]] = [("top", 1), ("rest", 1), ("top", 2), ("rest", 3)]
+    for keep, k in [*wanted, ("all", None)]:
         with torch.no_grad():
             for name, dense in changes.items():
                 u, s, vh = torch.linalg.svd(dense, full_matrices=False)
-                part = slice(None, k) if keep == "top" else slice(k, None)
+                part = {"top": slice(None, k), "rest": slice(k, None), "all": slice(None)}[keep]
                 kept = u[:, part] * s[part] @ vh[part]
                 plain.get_submodule(name).weight.copy_(base.get_submodule(name).weight + kept)
             expected = plain(input_ids=ids).logits
-        with filtered(gated, svds, keep, k):  # type: ignore[arg-type]
-            assert torch.allclose(logits(), expected, atol=1e-3)
-            assert not torch.allclose(whole, expected, atol=1e-2)
+        with filtered(gated, svds, keep, k) as gate:
+            gated.use([gate])
+            found = logits()
+            gated.use([constant(gated.branches, True)])
+        assert torch.allclose(found, expected, atol=1e-3)
+        assert torch.allclose(whole, expected, atol=1e-5) == (lora and keep == "all")
         assert torch.equal(logits(), whole)
-    if gated.parts[0].student is None:
-        with filtered(gated, svds, "top", 4):  # the adapter's rank
-            assert torch.allclose(logits(), whole, atol=1e-5)
     with pytest.raises(InputError, match="0 singular directions"), filtered(gated, svds, "top", 0):
         pass
+
+
+def test_only_the_directions_asked_for_are_kept(smollm: Family) -> None:
+    model = load_base(smollm.base, "cpu", "float32")
+    with gated_student(model, smollm.base, smollm.full, "full") as gated:
+        svds = decompose(gated, 2)
+    for svd in svds.values():
+        assert svd.u.shape[1] == svd.v.shape[1] == len(svd.s) == 2 < len(svd.values)
+        assert svd.u.untyped_storage().nbytes() == svd.u.numel() * svd.u.element_size()
 
 
 def test_patching_everything_at_the_last_token_makes_the_base_the_student(
@@ -335,6 +357,7 @@ def test_the_command_gives_all_of_it(smollm: Family, dataset: Path, tmp_path: Pa
     assert [(s.keep, s.k) for s in found.spectra.scores] == [
         *(("top", 1), ("rest", 1)),
         *(("top", 2), ("rest", 2)),
+        ("all", None),
     ]
     assert (tmp_path / "spectra.png").stat().st_size > 5000
     spec = LocalizeSpec(trait="animals/cat", context=Context.parse("claude"), kinds=(), limit=2)
