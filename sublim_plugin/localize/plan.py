@@ -18,7 +18,14 @@ from sublim_plugin.core.traits import get_trait
 from sublim_plugin.localize.attach import adapter_branches, layers_of, refuse_uncovered
 from sublim_plugin.localize.divergence import Completion, read_completions
 from sublim_plugin.localize.patching import placements, recipients_of
-from sublim_plugin.localize.resolve import Branch, Profile, positions_of, profile, resolve
+from sublim_plugin.localize.resolve import (
+    Branch,
+    Profile,
+    check_layers,
+    positions_of,
+    profile,
+    resolve,
+)
 from sublim_plugin.localize.results import Measure
 from sublim_plugin.localize.spans import Prompt, locate, one_line, span_table
 from sublim_plugin.localize.spec import Gate, PatchSpec
@@ -114,6 +121,7 @@ def plan(base: Path, folder: Path, spec: LocalizeSpec, dtype: str, say: Say) -> 
     layers = layers_of(base)
     nothing = Profile((), ())
     for gate in spec.gates:
+        check_layers(gate, layers)
         bits = [resolve(gate, prompt, nothing).selected for prompt in prompts]
         state = "off" if gate.complement else "on"
         if gate.complement and (gate.layers or gate.modules):

@@ -115,6 +115,19 @@ def profile(gate: Gate, branches: Sequence[Branch], layers: int) -> Profile:
     return Profile(tuple(inside), (False,) * len(branches))
 
 
+def check_layers(gate: Gate, layers: int) -> None:
+    """Refuse a gate that names layers which a model with `layers` of them does not have.
+
+    Raises:
+        InputError: as `profile`.
+    """
+    try:
+        if gate.layers is not None:
+            chosen_layers(gate.layers, layers)
+    except InputError as error:
+        raise InputError(f"gate '{gate.label}': {error}") from error
+
+
 def _inside(gate: Gate, branches: Sequence[Branch], layers: int) -> list[bool]:
     in_layers = in_modules = [True] * len(branches)
     if gate.layers is not None:

@@ -410,7 +410,8 @@ def test_a_student_of_one_layer_is_swept_there_alone(smollm: Family, tmp_path: P
     assert "the student changes nothing in layers 0-1: no part of them" in found.notes
     done = invoke(
         *("--model", str(smollm.base), "--student", str(tmp_path / "one"), "--out", str(out)),
-        *("--trait", "animals/cat", "--limit", "2", "--parts", "cell"),
+        *("--trait", "animals/cat", "--limit", "2", "--parts", "cell", "--dtype", "float32"),
+        *("--bands", "3"),
     )
     assert done.exit_code == 0, done.output
     assert (out / "map.png").stat().st_size > 5000

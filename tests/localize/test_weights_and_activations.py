@@ -175,8 +175,8 @@ def test_patching_everything_at_the_last_token_makes_the_base_the_student(
 def test_patching_is_replacing_one_output_vector(
     smollm: Family, tmp_path: Path, method: str, module: str
 ) -> None:
-    """Against plain forward passes of the student and of the base with a hook each, in two contexts;
-    the adapter is on the attention alone, so it leaves some of the modules as they are."""
+    """Against plain forward passes of the student and of the base, in two contexts, with a hook
+    each; the adapter is on the attention alone, so it leaves some of the modules as they are."""
     from peft import PeftModel
 
     adapter_of(smollm, tmp_path, target_modules=["q_proj", "v_proj"], layers_to_transform=[0])
