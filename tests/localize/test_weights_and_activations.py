@@ -335,12 +335,10 @@ def test_students_stand_side_by_side(smollm: Family, tmp_path: Path) -> None:
     found = Localization.model_validate_json((tmp_path / "out" / "results.json").read_text())
     assert found.spectra is not None
     assert {n: len(each) for n, each in found.spectra.beside.items()} == {"small": 6, "full": 21}
-    alone = LocalizeSpec(
-        trait="animals/cat", context=DEFAULT, limit=1, kinds=(), spectra=(1,), bands=1
-    )
-    for name, folder in (("small", small), ("full", smollm.full)):
-        own = localize(smollm.base, folder, alone, tmp_path / name, device="cpu", dtype="float32")
-        assert own.spectra and own.spectra.modules == found.spectra.beside[name]
+    model = load_base(smollm.base, "cpu", "float32")
+    for name, folder, method in (("small", small, "lora"), ("full", smollm.full, "full")):
+        with gated_student(model, smollm.base, folder, method) as gated:
+            assert found.spectra.beside[name] == spectra(decompose(gated, 0))
         assert f"\n{name} " in done.stdout
     assert max(one.effective_rank for one in found.spectra.beside["small"]) <= 2 + 1e-6
     assert (tmp_path / "out" / "spectra-students.png").stat().st_size > 5000
