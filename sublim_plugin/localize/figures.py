@@ -1,8 +1,8 @@
 """Figures of a localization: the prompt as a heat strip, bars per part, and a layer × module map.
 
 Each is written as PNG and SVG with the numbers behind it as CSV. Colour runs from blue (towards the
-base's other side) over white (no effect) to red (towards the student); orange and blue bars are
-Okabe and Ito's (2008). Both can be told apart with any common colour blindness.
+base's other side) over white (no effect) to red (towards the student); the colours of bars
+and lines are Okabe and Ito's (2008). Both can be told apart with any common colour blindness.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ WIDTH = 7.0
 COLUMNS = 82
 """Characters in a line of the strip."""
 ALONE, LEFT_OUT = "#D55E00", "#0072B2"
+LINES = (LEFT_OUT, ALONE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 BARS: dict[Kind, str] = {
     "span": "spans",
     "layers": "layers",
@@ -347,7 +348,7 @@ def _side_by_side(rows: Sequence[dict[str, Any]]) -> Any:
                 axes.plot(
                     [row["layer"] for row in own],
                     [row[what] for row in own],
-                    color=f"C{number}",
+                    color=LINES[number % len(LINES)],
                     marker="o",
                     markersize=1.8,
                     linewidth=0.9,
