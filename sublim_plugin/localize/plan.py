@@ -7,6 +7,7 @@ names in its file; only what a full checkpoint changes is known when both models
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -28,7 +29,7 @@ from sublim_plugin.localize.resolve import (
 )
 from sublim_plugin.localize.results import Measure
 from sublim_plugin.localize.spans import Prompt, locate, one_line, span_table
-from sublim_plugin.localize.spec import Gate, PatchSpec
+from sublim_plugin.localize.spec import Gate, PatchSpec, chosen_layers
 from sublim_plugin.localize.sweep import (
     KINDS,
     Kind,
@@ -92,12 +93,11 @@ class LocalizeSpec(BaseModel):
         return self
 
 
-class Plan(BaseModel):
+@dataclass(frozen=True)
+class Plan:
     """A localization before anything runs: the tokenizer, every question's prompt, the student and
     those beside it by their files, the base's number of layers, and the completions of the
     dataset with divergence tokens, with the sha256 of its rows."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     tokenizer: Any
     prompts: tuple[Prompt, ...]
@@ -139,6 +139,8 @@ def plan(base: Path, folder: Path, spec: LocalizeSpec, dtype: str, say: Say) -> 
             )
         say(_sweep_text(spec, prompts, layers))
     if spec.patch is not None:
+        if spec.patch.layers is not None:
+            chosen_layers(spec.patch.layers, layers)
         recipients = recipients_of(tokenizer, spec.patch, prompts)
         places, source = placements(spec.patch, prompts, recipients)
         say(
