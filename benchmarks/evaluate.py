@@ -12,8 +12,8 @@ the weights for the time of a call, which is part of what is timed.
 Three parts: the log-probability of 22 animals with all forms (loading and start-up excluded); a
 sweep of eight adapters in three contexts from start to finish, against one lm_eval process for each
 adapter; a hundred sampled replies to each question. `--full` asks all 50 questions where the
-default asks the number that its table shows; `--quick` ends within a minute on two idle cores, with
-so few questions, contexts and tokens that its ratios say little.
+default asks the number that its table shows; `--quick` has one question, one context and short
+replies: it shows that everything works, and its ratios say little.
 
 The floor is the forward passes that cannot be avoided, timed in the same run: for log-probs, plain
 forward passes of the best shape over the tokens that differ, in the sweep for every model (the base
@@ -342,7 +342,7 @@ def sampled_floor(lm: Any, samples: Sequence[dict[str, Any]]) -> float:
     # the end of turn is drawn, too; the first token comes from the prompt's own pass
     most = samples[0]["arguments"][0][1]["max_gen_toks"]
     steps = sum(min(most, len(lm.tok_encode(r)) + 1) - 1 for r in replies)
-    rows, length = BATCH["cpu"], len(prompts[0]) + 12
+    rows, length = min(BATCH["cpu"], len(replies)), len(prompts[0]) + 12
     best = float("inf")
     before = lm.model.get_base_model().config._attn_implementation
     for attention in ("sdpa", "eager"):
@@ -398,7 +398,7 @@ def first_words_alike(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar=f"{{{','.join(PARTS)}}}", help="default: all")
-    parser.add_argument("--quick", action="store_true", help="few questions, within a minute")
+    parser.add_argument("--quick", action="store_true", help="one question, to try it out")
     parser.add_argument("--full", action="store_true", help="all 50 questions, about an hour")
     given = parser.parse_args()
     parts = given.parts or PARTS
