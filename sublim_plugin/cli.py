@@ -188,6 +188,15 @@ def generate(ctx: click.Context, args: tuple[str, ...]) -> None:
     _forward(ctx, command, args)
 
 
+@main.command(**FORWARDED, short_help="Write a report of made-up numbers with known truth.")
+@ARGS
+@click.pass_context
+def simulate(ctx: click.Context, args: tuple[str, ...]) -> None:
+    from sublim_plugin.analysis.simulated_run import simulate as command
+
+    _forward(ctx, command, args)
+
+
 @main.command(**FORWARDED, short_help="Compare the sizes of students' updates.")
 @ARGS
 @click.pass_context

@@ -22,6 +22,9 @@ QUESTIONS = {
     "context": "Does it depend on the context?",
     "flat in rank": "Is it flat in rank in another context?",
     "specificity": "Is it the trait's own?",
+    "agreement": "Do log-probs and sampled replies agree?",
+    "cross-check": "Does a mixed model see the same?",
+    "power": "What could be seen?",
 }
 
 
@@ -55,9 +58,10 @@ def evidence_section(answers: Sequence[Answer], on_page: Collection[str]) -> Htm
         own.sort(key=lambda answer: answer.train_context != answer.eval_context)
         groups: dict[str, list[Answer]] = {}
         for answer in own[:MOST_ANSWERS]:
-            groups.setdefault(_contexts(answer), []).append(answer)
-        for contexts, group in groups.items():
-            parts.append(Html(f"<h4>{page.esc(contexts)}</h4>"))
+            groups.setdefault(_about(answer), []).append(answer)
+        for about, group in groups.items():
+            if about:
+                parts.append(Html(f"<h4>{page.esc(about)}</h4>"))
             entries = "".join(_entry(answer, on_page) for answer in group)
             parts.append(Html(f'<ul class="findings">{entries}</ul>'))
         if len(own) > MOST_ANSWERS:
@@ -67,10 +71,14 @@ def evidence_section(answers: Sequence[Answer], on_page: Collection[str]) -> Htm
     return page.join(parts)
 
 
-def _contexts(answer: Answer) -> str:
+def _about(answer: Answer) -> str:
+    """Settings and contexts, under which answers stand together; "" for those on all of them."""
+    name = f"{answer.settings}, t" if answer.settings else "T"
+    if not answer.train_context:
+        return answer.settings
     if answer.train_context == answer.eval_context and "," in answer.train_context:
-        return f"Trained and asked in {answer.train_context}"
-    return f"Trained in {answer.train_context}, asked in {answer.eval_context}"
+        return f"{name}rained and asked in {answer.train_context}"
+    return f"{name}rained in {answer.train_context}, asked in {answer.eval_context}"
 
 
 def _entry(answer: Answer, on_page: Collection[str]) -> Html:

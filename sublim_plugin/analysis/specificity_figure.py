@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_PANELS = 6
+Behind = dict[tuple[str, str, str], tuple[str, ...]]
+"""Rows of results.csv by students, train and eval context."""
 NUMBERED = 12
 """Traits up to which a field shows its number."""
 
@@ -36,6 +38,7 @@ class SpecificityPoint(Point):
     """
 
     point: str
+    students: str
     train_context: str
     eval_context: str
     trained_on: str
@@ -49,22 +52,26 @@ class SpecificityPoint(Point):
 
 def specificity_points(
     run: RunRecords, rows: Sequence[TransmissionRow]
-) -> tuple[list[SpecificityPoint], dict[tuple[str, str], tuple[str, ...]]]:
+) -> tuple[list[SpecificityPoint], Behind]:
     """Every matrix of the study, and the rows of results.csv behind each, by contexts."""
     from sublim_plugin.analysis.cluster_intervals import interval
-    from sublim_plugin.analysis.curves import specificity_tables
+    from sublim_plugin.analysis.square_tables import specificity_tables
 
     drafts: list[dict[str, Any]] = []
     behind = {}
-    for (train, asked), table in list(specificity_tables(run, rows).items())[:MOST_PANELS]:
-        behind[train, asked] = table.rows
+    tables = [table for table in specificity_tables(run, rows) if table.square is not None]
+    for one in tables[:MOST_PANELS]:
+        table = one.square
+        assert table is not None
+        behind[one.name, one.train_context, one.eval_context] = table.rows
         for i, student in enumerate(table.labels):
             for j, about in enumerate(table.labels):
                 found = interval(table.values_DIJ[:, i, j][:, None])
                 drafts.append(
                     {
-                        "train_context": train,
-                        "eval_context": asked,
+                        "students": one.name,
+                        "train_context": one.train_context,
+                        "eval_context": one.eval_context,
                         "trained_on": student,
                         "asked_about": about,
                         "vs_base_logprob": found.mean,
@@ -80,7 +87,8 @@ def specificity_points(
 
 def draw_specificity(points: Sequence[SpecificityPoint]) -> Figure:
     """A matrix per train and eval context; the diagonal, in bold, is each student's own trait."""
-    panels = list(dict.fromkeys((p.train_context, p.eval_context) for p in points))
+    panels = list(dict.fromkeys(_panel(p) for p in points))
+    several = len({p.students for p in points}) > 1
     columns = min(2, len(panels))
     most = max(len({p.trained_on for p in points if _panel(p) == panel}) for panel in panels)
     bands = -(-len(panels) // columns)
@@ -106,8 +114,9 @@ def draw_specificity(points: Sequence[SpecificityPoint]) -> Figure:
             short = [label.split("/")[-1] for label in labels]
             heat_map(axes, values, colours, short, short, texts, 7.0 if len(labels) < 8 else 5.0)
             axes.tick_params(axis="x", labelrotation=90 if len(labels) > 6 else 0)
-            train, asked = panels[number]
-            axes.set_title(f"trained in {train},\nasked in {asked}", loc="left", pad=5)
+            students, train, asked = panels[number]
+            title = f"{students}, trained in {train}," if several else f"trained in {train},"
+            axes.set_title(f"{title}\nasked in {asked}", loc="left", pad=5)
             if number % columns == 0:
                 axes.set_ylabel("student of the numbers of")
             axes.set_xlabel("asked about")
@@ -125,7 +134,7 @@ def draw_specificity(points: Sequence[SpecificityPoint]) -> Figure:
 
 def specificity_figure(
     run: RunRecords, rows: Sequence[TransmissionRow], folder: Path
-) -> tuple[FigureFiles, dict[tuple[str, str], tuple[str, ...]]] | None:
+) -> tuple[FigureFiles, Behind] | None:
     """Draw and write `specificity`; None with fewer than two traits that share a rank."""
     points, behind = specificity_points(run, rows)
     if not points:
@@ -142,5 +151,5 @@ def specificity_figure(
     return write_figure(figure, folder, "specificity", points, alt, run.simulated), behind
 
 
-def _panel(point: SpecificityPoint) -> tuple[str, str]:
-    return point.train_context, point.eval_context
+def _panel(point: SpecificityPoint) -> tuple[str, str, str]:
+    return point.students, point.train_context, point.eval_context

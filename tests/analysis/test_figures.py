@@ -193,10 +193,11 @@ def test_students_of_other_settings_are_not_averaged(tmp_path: Path) -> None:
     dataset = run.dataset("animals/cat")
     for rate in (1e-4, 5e-4):
         for rank in (2, 8):
-            run.probe(run.student(dataset, "animals/cat", rank, steps=1, rate=rate), "none")
+            recipe = {"learning_rate": rate}
+            run.probe(run.student(dataset, "animals/cat", rank, steps=1, recipe=recipe), "none")
     rows, found = analysed(collect(tmp_path))
     names = {"learning rate 0.0001", "learning rate 0.0005"}
-    assert set(series_names(rows).values()) == names
+    assert {name for own in series_names(rows).values() for name in own} == names
     assert {point.students for point in context_points(rows)} == {f"LoRA, {n}" for n in names}
     assert {point.series for point in rank_points(rows, found)} == names
     assert len(norm_points(collect(tmp_path))) == 2 * 2 * 8
