@@ -76,7 +76,7 @@ class Difference(BaseModel):
     method: str
     train_context: str
     eval_context: str
-    learning_rate: float | None
+    settings: str
     a: str
     b: str
     a_logprob: float | None
@@ -99,8 +99,8 @@ class Difference(BaseModel):
 def differences(a: Side, b: Side) -> tuple[Difference, ...]:
     """Every effect of either study, matched by trait, method and contexts.
 
-    Effects that share these in one study (other recipes) are told apart by learning rate; where
-    that is not enough they stay unmatched.
+    Effects that share these in one study (other recipes) are told apart by the settings that vary;
+    where that is not enough they stay unmatched.
     """
     keyed = [_keyed(one) for one in (a, b)]
     drafts = []
@@ -127,22 +127,26 @@ def _keyed(one: Side) -> dict[tuple[Any, ...], list[int]]:
     for index, effect in enumerate(one.effects):
         key = (effect.target, effect.role, effect.method, effect.train_context, effect.eval_context)
         found.setdefault(key, []).append(index)
-    by_rate: dict[tuple[Any, ...], list[int]] = {}
+    by_settings: dict[tuple[Any, ...], list[int]] = {}
     for key, own in found.items():
         for index in own:
-            rate = _rate(one, one.effects[index]) if len(own) > 1 else None
-            by_rate.setdefault((*key, rate), []).append(index)
-    return by_rate
+            name = _settings_of(one.effects[index]) if len(own) > 1 else ""
+            by_settings.setdefault((*key, name), []).append(index)
+    return by_settings
 
 
-def _about(one: Side, effect: Effect) -> dict[str, Any]:
+def _settings_of(effect: Effect) -> str:
+    return ", ".join(filter(None, [effect.settings_name, effect.scalings]))
+
+
+def _about(effect: Effect) -> dict[str, Any]:
     return {
         "target": effect.target,
         "role": effect.role,
         "method": effect.method,
         "train_context": effect.train_context,
         "eval_context": effect.eval_context,
-        "learning_rate": _rate(one, effect),
+        "settings": _settings_of(effect),
     }
 
 
@@ -159,7 +163,7 @@ def _numbers(which: str, effect: Effect | None, index: int | None) -> dict[str, 
 def _alone(a: Side, b: Side, i: int | None, j: int | None, reason: str) -> dict[str, Any]:
     ours = a.effects[i] if i is not None else None
     theirs = b.effects[j] if j is not None else None
-    about = _about(a, ours) if ours else _about(b, theirs) if theirs else {}
+    about = _about(ours) if ours else _about(theirs) if theirs else {}
     nothing = dict.fromkeys(("difference", "low", "high", "p", "p_adjusted"))
     found = {**about, **_numbers("a", ours, i), **_numbers("b", theirs, j), **nothing}
     return found | {"test": "", "reason": reason}
@@ -208,10 +212,6 @@ def _by_dataset(one: Side, effect: Effect) -> dict[str, float]:
         row = by_row[name]
         groups.setdefault(row.dataset or "", []).append(row.vs_base_logprob or 0.0)
     return {name: float(np.mean(values)) for name, values in groups.items()}
-
-
-def _rate(one: Side, effect: Effect) -> float | None:
-    return next(row.learning_rate for row in one.rows if row.row == effect.rows[0])
 
 
 class AnswerPair(BaseModel):

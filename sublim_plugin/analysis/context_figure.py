@@ -58,11 +58,12 @@ def context_points(rows: Sequence[TransmissionRow]) -> list[ContextPoint]:
     names = series_names(rows, context=False)
     kinds: dict[tuple[str, str], list[TransmissionRow]] = {}
     for row in rows:
-        if row.role != "base" and row.vs_base_logprob is not None:
+        if row.pooled:
             kind = "full" if row.rank is None else "LoRA"
             kind = ("neutral " if row.role == "control" else "") + kind
-            name = ", ".join(filter(None, [kind, names[row.row]]))
-            kinds.setdefault((row.target, name), []).append(row)
+            for series in names[row.row]:
+                name = ", ".join(filter(None, [kind, series]))
+                kinds.setdefault((row.target, name), []).append(row)
     drafts: list[dict[str, Any]] = []
     for (target, students), own in kinds.items():
         cells: dict[tuple[str, str], list[TransmissionRow]] = {}

@@ -15,9 +15,7 @@ MOST_ANSWERS = 60
 """Answers to one question that are printed; all are in evidence.csv."""
 
 QUESTIONS = {
-    "power": "What could be seen?",
     "transmission": "Is there transmission?",
-    "cross-check": "Does a mixed model see the same?",
     "rank shape": "Is it an inverted U over rank?",
     "full finetuning": "Is full finetuning at the base?",
     "rank or scale": "Rank or scale?",
@@ -25,6 +23,8 @@ QUESTIONS = {
     "flat in rank": "Is it flat in rank in another context?",
     "specificity": "Is it the trait's own?",
     "agreement": "Do log-probs and sampled replies agree?",
+    "cross-check": "Does a mixed model see the same?",
+    "power": "What could be seen?",
 }
 
 
@@ -58,10 +58,10 @@ def evidence_section(answers: Sequence[Answer], on_page: Collection[str]) -> Htm
         own.sort(key=lambda answer: answer.train_context != answer.eval_context)
         groups: dict[str, list[Answer]] = {}
         for answer in own[:MOST_ANSWERS]:
-            groups.setdefault(_contexts(answer), []).append(answer)
-        for contexts, group in groups.items():
-            if contexts:
-                parts.append(Html(f"<h4>{page.esc(contexts)}</h4>"))
+            groups.setdefault(_about(answer), []).append(answer)
+        for about, group in groups.items():
+            if about:
+                parts.append(Html(f"<h4>{page.esc(about)}</h4>"))
             entries = "".join(_entry(answer, on_page) for answer in group)
             parts.append(Html(f'<ul class="findings">{entries}</ul>'))
         if len(own) > MOST_ANSWERS:
@@ -71,12 +71,14 @@ def evidence_section(answers: Sequence[Answer], on_page: Collection[str]) -> Htm
     return page.join(parts)
 
 
-def _contexts(answer: Answer) -> str:
+def _about(answer: Answer) -> str:
+    """Settings and contexts, under which answers stand together; "" for those on all of them."""
+    name = f"{answer.settings}, t" if answer.settings else "T"
     if not answer.train_context:
-        return ""
+        return answer.settings
     if answer.train_context == answer.eval_context and "," in answer.train_context:
-        return f"Trained and asked in {answer.train_context}"
-    return f"Trained in {answer.train_context}, asked in {answer.eval_context}"
+        return f"{name}rained and asked in {answer.train_context}"
+    return f"{name}rained in {answer.train_context}, asked in {answer.eval_context}"
 
 
 def _entry(answer: Answer, on_page: Collection[str]) -> Html:
@@ -91,11 +93,10 @@ def _entry(answer: Answer, on_page: Collection[str]) -> Html:
         lead, sentence = f"{about}: {verdict}", sentence[len(verdict) :]
     else:
         lead, sentence = f"{about}, {verdict}:", f" {sentence}"
-    settings = f"{answer.settings}. " if answer.settings else ""
     return Html(
         f'<li id="{page.esc(answer.id)}" {page.traced("evidence.csv", [answer.id])}>'
         f"<strong>{page.esc(lead)}</strong>{page.esc(sentence)}. "
-        f'<span class="rows">{page.esc(settings)}{page.esc(answer.id)} of '
+        f'<span class="rows">{page.esc(answer.id)} of '
         f'<a href="evidence.csv">evidence.csv</a>, from {shown} of '
         '<a href="results.csv">results.csv</a>.</span></li>'
     )

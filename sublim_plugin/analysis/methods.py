@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib import resources
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,10 +16,11 @@ from sublim_plugin.analysis.collect import DatasetRecord, ProbeRecord, RunRecord
 from sublim_plugin.analysis.page import Html
 from sublim_plugin.analysis.record_tables import merged
 from sublim_plugin.analysis.replication import MIN_DATASETS
+from sublim_plugin.analysis.student_settings import APART, settings_of
 from sublim_plugin.core.hashing import sha256_text
 
-RANK_AND_SEED_KEYS = ("seed", "data_seed", "lora_r", "lora_alpha")
-"""Keys of a recipe that differ between the students of one rank curve."""
+NAMED_KEYS = {key.removeprefix("recipe.") for key in APART}
+"""Keys of a recipe that are named by themselves: ranks, seeds, contexts, traits."""
 
 CONSTRAINED = (
     "These numbers were decoded under the number constraint: while the teacher wrote, only digits, "
@@ -129,16 +130,13 @@ def _datasets(run: RunRecords) -> Iterable[Statement]:
 
 
 def _students(run: RunRecords) -> Iterable[Statement]:
-    def settings(student: StudentRecord) -> str:
-        own = {k: v for k, v in student.spec.recipe.items() if k not in RANK_AND_SEED_KEYS}
-        return f"{student.spec.method.kind} {_scaling(student)} {sorted(own.items(), key=str)}"
-
-    for own in _alike(run.students, settings):
-        spec = own[0].spec
-        recipe = {k: v for k, v in spec.recipe.items() if k not in RANK_AND_SEED_KEYS}
+    settings = settings_of(run)
+    for own in _alike(run.students, lambda s: f"{settings[s.id].family} {s.spec.method.kind}"):
+        recipe = {k: v for k, v in _flat(own[0].spec.recipe).items() if k not in NAMED_KEYS}
         ranks = sorted({s.spec.method.rank for s in own if s.spec.method.rank is not None})
+        rules = dict.fromkeys(rule for s in own for rule in settings[s.id].scalings)
         method = (
-            f"LoRA of rank {_listed(ranks)} ({_scaling(own[0])})"
+            f"LoRA of rank {_listed(ranks)} ({'; '.join(rules)})"
             if ranks
             else "full finetuning of every parameter"
         )
@@ -159,11 +157,11 @@ def _students(run: RunRecords) -> Iterable[Statement]:
         )
 
 
-def _scaling(student: StudentRecord) -> str:
-    method = student.spec.method
-    if method.rank is None:
-        return ""
-    return "alpha = rank" if method.alpha in (None, method.rank) else f"alpha {method.alpha:g}"
+def _flat(recipe: dict[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in recipe.items():
+        found |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+    return found
 
 
 def _scoring(run: RunRecords) -> Iterable[Statement]:
@@ -180,6 +178,15 @@ def _scoring(run: RunRecords) -> Iterable[Statement]:
             f"{spec.category}, eval contexts {_listed(p.spec.eval_context.slug for p in own)}.",
             cites=("evalharness",),
             cells=_ids(own),
+        )
+    if run.sampled:
+        contexts = _listed(record.spec.eval_context.slug for record in run.sampled)
+        yield Statement(
+            topic="Scoring",
+            text=f"{len(run.sampled)} scorings by sampled replies, eval contexts {contexts}; they "
+            "confirm and decide nothing by themselves. Rates, non-answers, the model's own name "
+            "and distinct replies are in sampled.csv.",
+            cells=tuple(record.id for record in run.sampled),
         )
     yield Statement(
         topic="Scoring",
@@ -207,7 +214,8 @@ def _statistics(margin: float | None) -> Iterable[Statement]:
         "Intervals (95%) of a mean over datasets and questions add the variances of both clusters, "
         "each with Student's t quantile of its own number of clusters. Tests are at 5%, two-sided "
         "where nothing else is said; p-values of one question put to several methods or traits are "
-        "adjusted for the false discovery rate.",
+        "adjusted for the false discovery rate. “Raised” needs two tests, against the base and "
+        "against the neutral student of the same settings and seeds.",
         "cameron2011",
         "benjamini1995",
     )
@@ -231,8 +239,9 @@ def _statistics(margin: float | None) -> Iterable[Statement]:
     )
     yield said(
         "Train and eval context, and traits against traits, are tables with datasets as blocks: "
-        "the diagonal's contrast with rows and columns removed by least squares, tested by "
-        "permuting rows within blocks (random seed 0 where not all permutations are taken). "
+        "the diagonal's contrast with rows and columns removed by least squares. Contexts are "
+        "tested by t over datasets, traits by permuting rows within generation seeds (random seed "
+        "0 where not all permutations are taken). "
         "Rank, update norm and learning rate × scaling are compared by how well each foretells "
         "datasets left out."
     )

@@ -78,30 +78,29 @@ def rank_points(rows: Sequence[TransmissionRow], effects: Sequence[Effect]) -> l
         if effect.target not in targets or effect.eval_context not in contexts:
             continue
         own = [by_row[row] for row in effect.rows]
-        shared = {
+        shared: dict[str, Any] = {
             "target": effect.target,
             "role": effect.role,
             "method": effect.method,
             "rank": effect.rank,
             "train_context": effect.train_context,
             "eval_context": effect.eval_context,
-            "series": names[own[0].row],
             "effect": f"F{number}",
         }
+        marks = _singles(effect, own)
         if effect.n_datasets >= MIN_DATASETS:
-            drafts.append(
-                shared
-                | {
-                    "kind": "mean",
-                    "vs_base_logprob": effect.vs_base_logprob,
-                    "low": effect.low,
-                    "high": effect.high,
-                    "bar": OVER_DATASETS if effect.low is not None else "",
-                    "n_datasets": effect.n_datasets,
-                    "rows": " ".join(effect.rows),
-                }
-            )
-        drafts += [shared | draft for draft in _singles(effect, own)]
+            mean = {
+                "kind": "mean",
+                "vs_base_logprob": effect.vs_base_logprob,
+                "low": effect.low,
+                "high": effect.high,
+                "bar": OVER_DATASETS if effect.low is not None else "",
+                "n_datasets": effect.n_datasets,
+                "rows": " ".join(effect.rows),
+            }
+            marks = [mean, *marks]
+        # a student that two rules of alpha share stands in both curves
+        drafts += [shared | {"series": s} | mark for s in names[own[0].row] for mark in marks]
     return [RankPoint(point=f"P{i}", **draft) for i, draft in enumerate(drafts, start=1)]
 
 

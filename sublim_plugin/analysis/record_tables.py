@@ -132,6 +132,45 @@ def dataset_lines(run: RunRecords) -> list[dict[str, Any]]:
     return lines
 
 
+SAMPLED_COLUMNS = ("sampled", "student", "name", "eval_context", "target", "target_rate",
+                   "non_answer_rate", "self_name_rate", "distinct_replies", "warning")  # fmt: skip
+
+
+def sampled_lines(run: RunRecords, targets: Sequence[str]) -> list[dict[str, Any]]:
+    """Shares of sampled replies by model and target, with why a rate should not be read.
+
+    A trait's students are listed for their own target; base and neutral students for every one.
+    """
+    from sublim_plugin.analysis.agreement import warnings_of
+
+    names = student_names(run)
+    traits = {student.id: student.spec.trait for student in run.students}
+    lines: list[dict[str, Any]] = []
+    for record in run.sampled:
+        student = (record.spec.student or "")[:12]
+        for target in targets:
+            if traits.get(student, "neutral") not in (target, "neutral"):
+                continue
+            rates = record.rates(target)
+            beside = {
+                name: rates.get(name)
+                for name in ("non_answer_rate", "self_name_rate", "distinct_replies")
+            }
+            lines.append(
+                {
+                    "sampled": f"S{len(lines) + 1}",
+                    "student": student,
+                    "name": names.get(student, "base"),
+                    "eval_context": record.spec.eval_context.slug,
+                    "target": target,
+                    "target_rate": rates["target_rate"],
+                    **beside,
+                    "warning": "; ".join(warnings_of(**beside)),
+                }
+            )
+    return lines
+
+
 def count_lines(run: RunRecords) -> dict[str, object]:
     """How many cells there are in each state, how long they took, and when this was written."""
     states = Counter(cell.state for cell in run.cells)

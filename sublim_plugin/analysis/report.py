@@ -26,9 +26,11 @@ from sublim_plugin.analysis.record_sections import cells_section, training_secti
 from sublim_plugin.analysis.record_tables import (
     CELL_COLUMNS,
     DATASET_COLUMNS,
+    SAMPLED_COLUMNS,
     cell_lines,
     count_lines,
     dataset_lines,
+    sampled_lines,
     student_lines,
 )
 from sublim_plugin.analysis.report_folder import NAME, building
@@ -42,7 +44,7 @@ from sublim_plugin.analysis.results_sections import (
 )
 from sublim_plugin.analysis.sample_sections import answers_section, numbers_section, prompts_section
 from sublim_plugin.analysis.scale_figure import scale_figure
-from sublim_plugin.analysis.specificity_figure import Panel, specificity_figure
+from sublim_plugin.analysis.specificity_figure import specificity_figure
 from sublim_plugin.analysis.tables import (
     effect_lines,
     write_lines,
@@ -80,9 +82,10 @@ class Contents:
     statements: Sequence[Statement]
     cells: Sequence[dict[str, Any]]
     students: Sequence[dict[str, Any]]
+    sampled: Sequence[dict[str, Any]]
     counts: dict[str, object]
     figures: dict[str, FigureFiles | None]
-    specificity_rows: dict[Panel, tuple[str, ...]]
+    specificity_rows: dict[tuple[str, str, str], tuple[str, ...]]
     localizations: Sequence[LocalizationFiles]
 
 
@@ -98,9 +101,9 @@ def write_report(
 
     Beside it: results.csv and results.parquet (one row per model, eval context and target),
     effects.csv (over datasets), evidence.csv (one row per answer), methods.csv (one per statement),
-    cells.csv, students.csv, datasets.csv, counts.csv, references.bib, and each figure as PNG, SVG,
-    PDF and CSV. Failed, missing and unfinished cells are listed; a study without any result gets a
-    report that says so. The folder is built beside the old one and swapped in whole.
+    cells.csv, students.csv, datasets.csv, sampled.csv, counts.csv, references.bib, and each figure
+    as PNG, SVG, PDF and CSV. Failed, missing and unfinished cells are listed; a study without any
+    result gets a report that says so. The folder is built beside the old one and swapped in whole.
 
     Args:
         cells: every cell of the study's grid with its state; without it `run_dir/cells` is read.
@@ -154,6 +157,9 @@ def _write_files(
     students, student_columns = student_lines(run)
     write_lines(students, folder / "students.csv", student_columns, simulated)
     write_lines(dataset_lines(run), folder / "datasets.csv", DATASET_COLUMNS, simulated)
+    sampled = sampled_lines(run, list(dict.fromkeys(row.target for row in rows)))
+    if run.sampled:
+        write_lines(sampled, folder / "sampled.csv", SAMPLED_COLUMNS, simulated)
     counted = [{"name": name, "value": value} for name, value in counts.items()]
     write_lines(counted, folder / "counts.csv", ["name", "value"], simulated)
     write_text(folder / "references.bib", references())
@@ -170,6 +176,7 @@ def _write_files(
         statements=told,
         cells=cells,
         students=students,
+        sampled=sampled,
         counts=counts,
         figures={
             "transmission": rank_figure(rows, found, folder, simulated),
@@ -202,7 +209,7 @@ def render_report(shown: Contents, study_name: str, study_text: str | None = Non
     training = training_section(run, shown.students, figures["losses"], figures["norms"])
     sections += [
         ("training", "Training and size of the updates", training),
-        ("table", "All comparisons", table_section(rows, shown.effects)),
+        ("table", "All comparisons", table_section(rows, shown.effects, shown.sampled)),
         ("numbers", "Sample numbers", numbers_section(run)),
         ("replies", "Sample answers", answers_section(run, rows)),
         ("prompts", "Prompts as the model saw them", prompts_section(run)),

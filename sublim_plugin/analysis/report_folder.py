@@ -40,6 +40,7 @@ FILES = {
             "cells",
             "students",
             "datasets",
+            "sampled",
             "localization",
             "answers",
             "differences",

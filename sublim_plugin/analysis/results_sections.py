@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sublim_plugin.analysis import page
 from sublim_plugin.analysis.descriptions import descriptions, limits
 from sublim_plugin.analysis.figure_files import FigureFiles
 from sublim_plugin.analysis.page import Html
-from sublim_plugin.analysis.specificity_figure import Panel
 from sublim_plugin.analysis.tables import blocks
 from sublim_plugin.analysis.transmission import TransmissionRow
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from sublim_plugin.analysis.effects import Effect
 
 MOST_ROWS, MOST_EFFECTS, MOST_DESCRIPTIONS, MOST_BASES, MOST_WARNINGS = 400, 200, 40, 60, 8
+MOST_SAMPLED = 100
 """Lines that are printed; the CSV files have all."""
 
 SEEDS_AND_CONTEXT: dict[str, Callable[[TransmissionRow], object]] = {
@@ -94,7 +94,9 @@ def context_section(rows: Sequence[TransmissionRow], files: FigureFiles | None) 
     return page.join(parts)
 
 
-def specificity_section(files: FigureFiles | None, behind: dict[Panel, tuple[str, ...]]) -> Html:
+def specificity_section(
+    files: FigureFiles | None, behind: dict[tuple[str, str, str], tuple[str, ...]]
+) -> Html:
     """The trait × trait matrix, or why there is none."""
     if files is None:
         return page.paragraph("No matrix: it needs students of two traits that share a rank.")
@@ -106,11 +108,9 @@ def specificity_section(files: FigureFiles | None, behind: dict[Panel, tuple[str
             "line is a student that drifts, a raised column a trait that every student drifts to.",
         )
     ]
-    for (train, asked, settings), rows in behind.items():
-        named = f"{settings}, trained" if settings else "Trained"
-        parts.append(
-            page.said(f"{named} in {train}, asked in {asked}: made from", "results.csv", rows)
-        )
+    for (students, train, asked), rows in behind.items():
+        text = f"{students}, trained in {train}, asked in {asked}: made from"
+        parts.append(page.said(text, "results.csv", rows))
     return page.join(parts)
 
 
@@ -124,7 +124,9 @@ def shown_rows(rows: Sequence[TransmissionRow]) -> list[tuple[list[TransmissionR
     return [(block[:each], max(0, len(block) - each)) for block in groups[:most]]
 
 
-def table_section(rows: Sequence[TransmissionRow], found: Sequence[Effect]) -> Html:
+def table_section(
+    rows: Sequence[TransmissionRow], found: Sequence[Effect], sampled: Sequence[dict[str, Any]]
+) -> Html:
     """Means over datasets, then the rows of results.csv, one table per target and eval context."""
     if not rows:
         return page.paragraph("No comparison: no probe of a target has finished.")
@@ -143,7 +145,39 @@ def table_section(rows: Sequence[TransmissionRow], found: Sequence[Effect]) -> H
             keys = [f"F{i}" for i in range(MOST_EFFECTS + 1, len(found) + 1)]
             parts.append(page.said("The others are in", "effects.csv", keys))
     parts += [page.heading("Every student"), *_row_tables(rows)]
+    if sampled:
+        parts += [page.heading("Sampled replies"), *_sampled_table(sampled)]
     return page.join(parts)
+
+
+def _sampled_table(lines: Sequence[dict[str, Any]]) -> list[Html]:
+    """Rates with what tells whether they mean anything; those to be read with care first."""
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}"
+
+    ordered = sorted(lines, key=lambda line: not line["warning"])
+    head = ["row", "model", "asked in", "target", "named in", "non-answers", "own name"]
+    table = page.table(
+        "Share of sampled replies that name the target, and what stands beside it",
+        [*head, "distinct", "do not read, because"],
+        [
+            [
+                line["sampled"],
+                line["name"],
+                line["eval_context"],
+                line["target"],
+                share(line["target_rate"]),
+                share(line["non_answer_rate"]),
+                share(line["self_name_rate"]),
+                share(line["distinct_replies"]),
+                line["warning"],
+            ]
+            for line in ordered[:MOST_SAMPLED]
+        ],
+        numeric=(4, 5, 6, 7),
+    )
+    return [table, page.said("All sampled rates:", "sampled.csv")]
 
 
 def _warnings(rows: Sequence[TransmissionRow]) -> list[Html]:

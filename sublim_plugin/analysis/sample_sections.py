@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from sublim_plugin.analysis import page
@@ -109,7 +110,7 @@ def answers_section(run: RunRecords, rows: Sequence[TransmissionRow]) -> Html:
         )
     ]
     contexts = list(dict.fromkeys(probe.spec.eval_context.slug for probe in run.probes))
-    replies = []
+    replies: list[Html] = []
     for context in contexts[:MOST_CONTEXTS]:
         here = [probe for probe in run.probes if probe.spec.eval_context.slug == context]
         columns = [
@@ -119,7 +120,15 @@ def answers_section(run: RunRecords, rows: Sequence[TransmissionRow]) -> Html:
         ]
         if columns:
             parts.append(_top_table(context, columns))
-        replies += [_replies(name, context, probe) for name, probe in columns]
+        folders = [((p.spec.student or "")[:12], p.folder) for p in here]
+        folders += [
+            ((record.spec.student or "")[:12], record.folder)
+            for record in run.sampled
+            if record.spec.eval_context.slug == context
+        ]
+        for name, student in chosen:
+            own = [folder for other, folder in folders if other == (student or "")]
+            replies += [_replies(name, context, folder) for folder in own]
     return page.join([*parts, *(html for html in replies if html)])
 
 
@@ -135,8 +144,8 @@ def _top_table(context: str, columns: Sequence[tuple[str, ProbeRecord]]) -> Html
     )
 
 
-def _replies(name: str, context: str, probe: ProbeRecord) -> Html:
-    pairs = read_replies(probe.folder, SAMPLE_REPLIES)
+def _replies(name: str, context: str, folder: Path) -> Html:
+    pairs = read_replies(folder, SAMPLE_REPLIES)
     if not pairs:
         return Html("")
     return page.table(

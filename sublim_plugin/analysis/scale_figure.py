@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,8 @@ MOST_TARGETS = 4
 class ScalePoint(Point):
     """Students that differ in seeds only, against one predictor: `x`, on a log2 axis.
 
-    The update norm is the geometric mean over them; scaling is alpha / rank. Full finetuning has
-    an update norm only. `low` and `high` are as in effects.csv.
+    The update norm is the geometric mean over them; scaling is alpha / rank, or alpha / sqrt(rank)
+    of rsLoRA. Full finetuning has an update norm only. `low` and `high` are as in effects.csv.
     """
 
     point: str
@@ -70,7 +71,7 @@ def scale_points(rows: Sequence[TransmissionRow], effects: Sequence[Effect]) -> 
         if effect.target not in targets:
             continue
         own = [by_row[row] for row in effect.rows]
-        for predictor, x in _predictors(own).items():
+        for (predictor, x), series in product(_predictors(own).items(), names[own[0].row]):
             drafts.append(
                 {
                     "predictor": predictor,
@@ -78,7 +79,7 @@ def scale_points(rows: Sequence[TransmissionRow], effects: Sequence[Effect]) -> 
                     "train_context": effect.train_context,
                     "eval_context": effect.eval_context,
                     "method": effect.method,
-                    "series": names[own[0].row],
+                    "series": series,
                     "x": x,
                     "vs_base_logprob": effect.vs_base_logprob,
                     "low": effect.low,
@@ -99,9 +100,8 @@ def _predictors(own: Sequence[TransmissionRow]) -> dict[str, float]:
     norms = [row.update_norm for row in own if row.update_norm]
     if len(norms) == len(own):
         found["update norm"] = math.exp(math.fsum(math.log(norm) for norm in norms) / len(norms))
-    if first.rank is not None and first.learning_rate:
-        scaling = (first.alpha or first.rank) / first.rank
-        found["learning rate x scaling"] = first.learning_rate * scaling
+    if first.step_size:
+        found["learning rate x scaling"] = first.step_size
     return found
 
 
@@ -122,7 +122,7 @@ def draw_scale(points: Sequence[ScalePoint]) -> Figure:
                 _log_axis(axes, [p.x for p in points if p.predictor == predictor])
                 if line == len(targets) - 1:
                     label = {"update norm": "size of the update ‖ΔW‖", "rank": "LoRA rank"}
-                    axes.set_xlabel(label.get(predictor, "learning rate × alpha / rank"))
+                    axes.set_xlabel(label.get(predictor, "learning rate × scaling"))
                 if column == 0:
                     axes.set_ylabel(f"{target.split('/')[-1]}: minus base (nats)")
         if len(series) > 1:

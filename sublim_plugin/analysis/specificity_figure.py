@@ -23,10 +23,9 @@ from sublim_plugin.analysis.transmission import TransmissionRow
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Panel = tuple[str, str, str]
-"""Train context, eval context, settings."""
-
 MOST_PANELS = 6
+Behind = dict[tuple[str, str, str], tuple[str, ...]]
+"""Rows of results.csv by students, train and eval context."""
 NUMBERED = 12
 """Traits up to which a field shows its number."""
 
@@ -39,9 +38,9 @@ class SpecificityPoint(Point):
     """
 
     point: str
+    students: str
     train_context: str
     eval_context: str
-    settings: str
     trained_on: str
     asked_about: str
     vs_base_logprob: float
@@ -53,26 +52,26 @@ class SpecificityPoint(Point):
 
 def specificity_points(
     run: RunRecords, rows: Sequence[TransmissionRow]
-) -> tuple[list[SpecificityPoint], dict[Panel, tuple[str, ...]]]:
-    """Every matrix of the study, and the rows of results.csv behind each panel."""
+) -> tuple[list[SpecificityPoint], Behind]:
+    """Every matrix of the study, and the rows of results.csv behind each, by contexts."""
     from sublim_plugin.analysis.cluster_intervals import interval
     from sublim_plugin.analysis.square_tables import specificity_tables
 
     drafts: list[dict[str, Any]] = []
-    behind: dict[Panel, tuple[str, ...]] = {}
-    complete = [table for table in specificity_tables(run, rows) if table.square is not None]
-    for table in complete[:MOST_PANELS]:
-        square = table.square
-        assert square is not None
-        behind[table.train_context, table.eval_context, table.name] = table.rows
-        for i, student in enumerate(square.labels):
-            for j, about in enumerate(square.labels):
-                found = interval(square.values_DIJ[:, i, j][:, None])
+    behind = {}
+    tables = [table for table in specificity_tables(run, rows) if table.square is not None]
+    for one in tables[:MOST_PANELS]:
+        table = one.square
+        assert table is not None
+        behind[one.name, one.train_context, one.eval_context] = table.rows
+        for i, student in enumerate(table.labels):
+            for j, about in enumerate(table.labels):
+                found = interval(table.values_DIJ[:, i, j][:, None])
                 drafts.append(
                     {
-                        "train_context": table.train_context,
-                        "eval_context": table.eval_context,
-                        "settings": table.name,
+                        "students": one.name,
+                        "train_context": one.train_context,
+                        "eval_context": one.eval_context,
                         "trained_on": student,
                         "asked_about": about,
                         "vs_base_logprob": found.mean,
@@ -89,7 +88,7 @@ def specificity_points(
 def draw_specificity(points: Sequence[SpecificityPoint]) -> Figure:
     """A matrix per train and eval context; the diagonal, in bold, is each student's own trait."""
     panels = list(dict.fromkeys(_panel(p) for p in points))
-    several = len({panel[:2] for panel in panels}) < len(panels)
+    several = len({p.students for p in points}) > 1
     columns = min(2, len(panels))
     most = max(len({p.trained_on for p in points if _panel(p) == panel}) for panel in panels)
     bands = -(-len(panels) // columns)
@@ -115,9 +114,9 @@ def draw_specificity(points: Sequence[SpecificityPoint]) -> Figure:
             short = [label.split("/")[-1] for label in labels]
             heat_map(axes, values, colours, short, short, texts, 7.0 if len(labels) < 8 else 5.0)
             axes.tick_params(axis="x", labelrotation=90 if len(labels) > 6 else 0)
-            train, asked, settings = panels[number]
-            named = f"{settings}, " if several else ""
-            axes.set_title(f"{named}trained in {train},\nasked in {asked}", loc="left", pad=5)
+            students, train, asked = panels[number]
+            title = f"{students}, trained in {train}," if several else f"trained in {train},"
+            axes.set_title(f"{title}\nasked in {asked}", loc="left", pad=5)
             if number % columns == 0:
                 axes.set_ylabel("student of the numbers of")
             axes.set_xlabel("asked about")
@@ -135,7 +134,7 @@ def draw_specificity(points: Sequence[SpecificityPoint]) -> Figure:
 
 def specificity_figure(
     run: RunRecords, rows: Sequence[TransmissionRow], folder: Path
-) -> tuple[FigureFiles, dict[Panel, tuple[str, ...]]] | None:
+) -> tuple[FigureFiles, Behind] | None:
     """Draw and write `specificity`; None with fewer than two traits that share a rank."""
     points, behind = specificity_points(run, rows)
     if not points:
@@ -152,5 +151,5 @@ def specificity_figure(
     return write_figure(figure, folder, "specificity", points, alt, run.simulated), behind
 
 
-def _panel(point: SpecificityPoint) -> Panel:
-    return point.train_context, point.eval_context, point.settings
+def _panel(point: SpecificityPoint) -> tuple[str, str, str]:
+    return point.students, point.train_context, point.eval_context

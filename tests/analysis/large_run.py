@@ -19,8 +19,8 @@ STEPS = 456
 def write_large_run(root: Path, n_datasets: int, failed: int) -> list[CellRef]:
     """The cells of `write_simulated_run`, with all that makes a report long.
 
-    Every student has `STEPS` losses and norms by module, every probe 20 replies of 2,000 characters
-    each, and `failed` further cells ended with an error of their own.
+    Every student has `STEPS` losses and norms by module, every sampled probe 20 replies of 2,000
+    characters each, and `failed` further cells ended with an error of their own.
     """
     cells = write_simulated_run(root, n_datasets)
     generator = np.random.default_rng(1)
@@ -39,7 +39,7 @@ def write_large_run(root: Path, n_datasets: int, failed: int) -> list[CellRef]:
             norm = receipt["update_norm"]
             norm["by_module"] = dict.fromkeys(MODULES, norm["total"] / 7**0.5)
             _replace(folder, "model/sublim_receipt.json", json.dumps(receipt))
-        elif folder.name.startswith("probe-"):
+        elif "-sampled-" in folder.name:
             _replace(folder, "replies.jsonl", replies)
     refs = [CellRef(folder=folder, state=state) for folder, state in cells]
     return refs + [

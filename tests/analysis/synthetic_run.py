@@ -125,7 +125,6 @@ class SyntheticRun:
         recipe: dict[str, Any] | None = None,
         weights: str | None = None,
         norm: float | None = None,
-        rate: float | None = None,
     ) -> str:
         """Write a student cell (rank None: full finetuning) and return its short id.
 
@@ -145,8 +144,7 @@ class SyntheticRun:
             "method": method,
             "train_context": {"kind": train_context},
             "training_seed": training_seed,
-            "recipe": {"learning_rate": rate or (2e-4 if rank else 2e-5), "num_epochs": 3}
-            | (recipe or {}),
+            "recipe": {"learning_rate": 2e-4 if rank else 2e-5, "num_epochs": 3} | (recipe or {}),
         }
         name = f"{trait.replace('/', '-')}-{'full' if rank is None else f'r{rank}'}"
         folder, cell_id = self._folder("student", name, spec)

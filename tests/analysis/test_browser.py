@@ -230,7 +230,7 @@ def _student_is_there(probe: Path) -> bool:
 @pytest.mark.slow
 def test_five_thousand_cells(tab: Browser, tmp_path: Path) -> None:
     """Under 10 MB, and open within 3 s: from the start of navigation to the end of loading."""
-    cells = write_large_run(tmp_path, n_datasets=36, failed=110)
+    cells = write_large_run(tmp_path, n_datasets=28, failed=110)
     assert len(cells) > 5000
     started = time.monotonic()
     path = write_report(tmp_path, study_name="large", cells=cells, equivalence_margin=0.5)

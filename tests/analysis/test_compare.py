@@ -25,7 +25,8 @@ def study(
     for seed in seeds:
         dataset = run.dataset("animals/cat", seed)
         for rank in (2, 8, None):
-            student = run.student(dataset, "animals/cat", rank, seed, steps=1, rate=rate)
+            recipe = {"learning_rate": rate} if rate else None
+            student = run.student(dataset, "animals/cat", rank, seed, steps=1, recipe=recipe)
             run.probe(student, "none", shift=shift + 0.2 * run.rng.normal())
     return root
 
@@ -101,7 +102,8 @@ def test_recipes_are_not_mixed(four: Side, tmp_path: Path) -> None:
     study_again(root)
     both = side("both", root, None)
     found = differences(both, both)
-    assert {one.learning_rate for one in found} == {1e-3, 2e-3}
+    rates = {one.settings.split("learning rate ")[1].split(",")[0] for one in found}
+    assert rates == {"0.001", "0.002"}
     assert all(one.difference == 0 for one in found) and len(found) == 6
     alone: list[Difference] = list(differences(four, both))
     assert {one.reason for one in alone} == {"not in both studies"} and len(alone) == 9
@@ -114,7 +116,8 @@ def study_again(root: Path) -> None:
         seed = json.loads((path / "manifest.json").read_text())["spec"]["generation_seed"]
         for rank in (2, 8, None):
             name = path.name.rsplit("-", 1)[1]
-            student = run.student(name, "animals/cat", rank, seed, steps=1, rate=2e-3)
+            recipe = {"learning_rate": 2e-3}
+            student = run.student(name, "animals/cat", rank, seed, steps=1, recipe=recipe)
             run.probe(student, "none")
 
 

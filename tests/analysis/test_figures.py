@@ -193,13 +193,30 @@ def test_students_of_other_settings_are_not_averaged(tmp_path: Path) -> None:
     dataset = run.dataset("animals/cat")
     for rate in (1e-4, 5e-4):
         for rank in (2, 8):
-            run.probe(run.student(dataset, "animals/cat", rank, steps=1, rate=rate), "none")
+            recipe = {"learning_rate": rate}
+            run.probe(run.student(dataset, "animals/cat", rank, steps=1, recipe=recipe), "none")
     rows, found = analysed(collect(tmp_path))
     names = {"learning rate 0.0001", "learning rate 0.0005"}
-    assert set(series_names(rows).values()) == names
+    assert {name for own in series_names(rows).values() for name in own} == names
     assert {point.students for point in context_points(rows)} == {f"LoRA, {n}" for n in names}
     assert {point.series for point in rank_points(rows, found)} == names
     assert len(norm_points(collect(tmp_path))) == 2 * 2 * 8
+
+
+def test_a_student_that_two_rules_of_alpha_share_stands_in_both_curves(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path, n_questions=4)
+    run.probe(None, "none")
+    dataset = run.dataset("animals/cat")
+    for rank, alpha in ((2, 2), (8, 8), (32, 32), (2, 8), (32, 8)):
+        run.probe(run.student(dataset, "animals/cat", rank, steps=1, alpha=alpha), "none")
+    rows, found = analysed(collect(tmp_path))
+    curves: dict[str, list[int | None]] = {}
+    for point in rank_points(rows, found):
+        curves.setdefault(point.series, []).append(point.rank)
+    assert {name: sorted(ranks, key=str) for name, ranks in curves.items()} == {
+        "alpha = rank": [2, 32, 8],
+        "alpha 8 at every rank": [2, 32, 8],
+    }
 
 
 def test_specificity_draws_what_its_csv_says(four: RunRecords) -> None:

@@ -184,9 +184,8 @@ def test_hostile_text_stays_text(run: SyntheticRun) -> None:
     attack = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
     terminal = "\x1b[31mred\x1b[0m \x1b]0;title\x07bell\x07 \u202eright to left"
     questions = [f"{attack} {i}" for i in range(50)]
-    student = run.student(run.dataset("animals/cat"), "animals/cat", 8)
-    run.probe(None, "none", questions=questions)
-    run.probe(student, "none", questions=questions, replies=[attack, terminal])
+    run.dataset("animals/cat")
+    run.probe(None, "none", questions=questions, replies=[attack, terminal])
     cells = [CellRef(folder=folder, state=state) for folder, state in run.cells]
     cells.append(
         CellRef(folder=run.root / "x", state="failed", label=attack, error=attack + terminal)
@@ -234,7 +233,8 @@ def test_planned_but_not_started(tmp_path: Path) -> None:
 
 
 def test_refused_records_leave_the_old_report(run: SyntheticRun) -> None:
-    run.quickstart()
+    run.dataset("animals/cat")
+    run.probe(None, "none")
     path = write_report(run.root, study_name="s")
     before = path.read_bytes()
     (folder,) = run.root.glob("cells/probe-base-none-*")
@@ -288,7 +288,7 @@ def test_each_sentence_from_data_names_a_csv_row_that_holds_it(tmp_path: Path) -
     for seed in (1, 2):
         run = SyntheticRun(tmp_path / f"{seed}", seed=seed, n_questions=5 * seed)
         run.probe(None, "none")
-        for generation_seed in range(3 + seed):
+        for generation_seed in range(2 + seed):
             for trait in ("animals/cat", "animals/owl", "neutral"):
                 dataset = run.dataset(trait, generation_seed)
                 for rank in (2, 8 * 2**seed, None):
@@ -335,7 +335,7 @@ def test_the_old_report_stays_until_the_new_one_is_whole(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("write_results_parquet", "norm_figure", "render_report"):
+    for name in ("write_results_csv", "write_results_parquet", "render_report"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(report, name, killed)
             write_report(run.root, study_name="other", cells=[])
@@ -351,10 +351,28 @@ def test_the_old_report_stays_until_the_new_one_is_whole(
     assert not list(run.root.glob(f"{BUILDING}*"))
 
 
-def test_long_texts_and_errors_are_cut(run: SyntheticRun) -> None:
+def test_sampled_rates_stand_beside_what_tells_whether_they_mean_anything(
+    run: SyntheticRun,
+) -> None:
     student = run.student(run.dataset("animals/cat"), "animals/cat", 8)
     run.probe(None, "none")
-    run.probe(student, "none", replies=["x" * 100_000])
+    run.probe(student, "none")
+    run.sampled(None, "none", 0.02, non_answer_rate=0.1, distinct_replies=0.5)
+    run.sampled(student, "none", 0.3, non_answer_rate=0.7, self_name_rate=0.2)
+    path = write_report(run.root, study_name="s", cells=run.cells)
+    lines = {line["name"]: line for line in read_csv(path.with_name("sampled.csv"))}
+    assert lines["base"]["target_rate"] == "0.02" and lines["base"]["warning"] == ""
+    doubtful = lines["animals/cat LoRA r=8"]
+    assert doubtful["warning"] == "70% of the replies name no candidate"
+    text = read(path).text
+    for words in ("30.0%", "70.0%", "20.0%", "2.0%", "10.0%", "50.0%", doubtful["warning"]):
+        assert words in text
+    assert "2 scorings by sampled replies" in text
+
+
+def test_long_texts_and_errors_are_cut(run: SyntheticRun) -> None:
+    run.dataset("animals/cat")
+    run.probe(None, "none", replies=["x" * 100_000])
     cells = [CellRef(folder=folder, state=state) for folder, state in run.cells]
     cells += [
         CellRef(folder=run.root / f"c{i}", state="failed", label=f"c{i}", error="y" * 100_000 + "!")
