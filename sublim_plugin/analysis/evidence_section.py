@@ -73,9 +73,10 @@ def evidence_section(answers: Sequence[Answer], on_page: Collection[str]) -> Htm
 
 def _about(answer: Answer) -> str:
     """Settings and contexts, under which answers stand together; "" for those on all of them."""
-    name = f"{answer.settings}, t" if answer.settings else "T"
+    settings = answer.settings[:1].upper() + answer.settings[1:]
+    name = f"{settings}, t" if settings else "T"
     if not answer.train_context:
-        return answer.settings
+        return settings
     if answer.train_context == answer.eval_context and "," in answer.train_context:
         return f"{name}rained and asked in {answer.train_context}"
     return f"{name}rained in {answer.train_context}, asked in {answer.eval_context}"
