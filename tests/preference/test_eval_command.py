@@ -223,7 +223,7 @@ def test_a_student_that_fails_under_way_is_named_and_the_others_are_scored(
     assert [row["model"] for row in rows] == ["base", "adapter", "full"]
     assert len({row["value"] for row in rows}) == 3
     assert "overflow: " in done.stderr
-    assert "target_logprob is nan" in done.stderr
+    assert "is nan; the model's weights or its dtype overflow" in done.stderr
     assert not list((tmp_path / "o").glob("overflow-*/*/results_*"))
     with pytest.raises(Unfinished, match="overflow: ") as raised:
         score_students(
