@@ -212,12 +212,11 @@ def _foreign_row(
             "train again."
         )
 
-    def shared(row: ExpectedRow) -> int:
-        sides = (zip(row.token_ids, ids), zip(reversed(row.token_ids), reversed(ids)))  # noqa: B905
-        return sum(len(list(takewhile(lambda pair: pair[0] == pair[1], side))) for side in sides)
+    def alike(row: ExpectedRow) -> int:
+        return _alike(row.token_ids, ids) + _alike(row.token_ids[::-1], ids[::-1])
 
-    near = max((row for row in expected if waiting[row.token_ids] > 0), key=shared)
-    at = next((i for i, (a, b) in enumerate(zip(near.token_ids, ids, strict=False)) if a != b), 0)
+    near = max((row for row in expected if waiting[row.token_ids] > 0), key=alike)
+    at = _alike(near.token_ids, ids)
     return InputError(
         f"row {index} of the tokenized dataset is not what the chat template renders of the rows "
         f"file; the nearest is row {near.row_id}, the same for {at} tokens:\n"
@@ -227,6 +226,11 @@ def _foreign_row(
         "lie; raise `sequence_len` if the row was cut; and let nothing but `chat_template`, "
         "`chat_template_kwargs` and `sublim.context` change how a row is rendered."
     )
+
+
+def _alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens the two begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _compare_mask(

@@ -173,8 +173,8 @@ def run_training(
     once the receipt is in it: a killed run leaves no `output_dir`. Where the YAML has
     `auto_resume_from_checkpoints: true`, the hidden folder is kept as long as it holds checkpoints,
     and the next call goes on from the last complete one; they go when the model is finished. Else
-    what an earlier, killed run left is removed. Everything that axolotl prints goes to `log_path`; `progress(step, steps)` is called
-    at every step. The child is killed when this process dies.
+    what an earlier, killed run left is removed. Everything that axolotl prints goes to `log_path`;
+    `progress(step, steps)` is called at every step. The child is killed when this process dies.
 
     `launcher`: axolotl's; its default, `accelerate`, sets one thread per process on a CPU.
 
