@@ -188,9 +188,7 @@ def test_a_checkpoint_belongs_to_the_whole_configuration(tmp_path: Path) -> None
         with pytest.raises(InputError, match=f"another run: `{key}"):
             newest(tmp_path, origin(changed))
     deepspeed.write_text('{"zero_optimization": {"stage": 3}}', encoding="utf-8")
-    with pytest.raises(
-        InputError, match=r"`deepspeed\.zero_optimization\.stage` was 2"
-    ):
+    with pytest.raises(InputError, match=r"`deepspeed\.zero_optimization\.stage` was 2"):
         newest(tmp_path, origin({}))
 
 
