@@ -197,8 +197,8 @@ def _check_seeds(document: Document) -> None:
         document.add(
             "warning",
             ("sublim", "data_seed"),
-            f"fixes the order of the rows at {pinned} whatever `seed` ({seed}) is, and full "
-            "finetuning draws nothing else at random: all seeds give the same weights",
+            f"fixes the order of the rows at {pinned} whatever `seed` ({seed}) is, and without "
+            "dropout full finetuning draws nothing else at random: all seeds give the same weights",
             "remove it, so that the order follows `seed`",
         )
 

@@ -7,19 +7,19 @@ else it does is asked for in the `sublim:` block (`args.py`).
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from sublim_plugin.axolotl.args import SublimBlock, parse_block
 from sublim_plugin.axolotl.checkpoints import origin_of, resume_from
-from sublim_plugin.axolotl.files import base_folder, find_file, is_local, name_datasets
+from sublim_plugin.axolotl.files import find_file, is_local, name_datasets
 from sublim_plugin.axolotl.guard import check_dataset, trait_of
 from sublim_plugin.axolotl.live_norm import no_norm
+from sublim_plugin.axolotl.loaded import base_of, method_of, plain, seed_of
 from sublim_plugin.axolotl.masks import audit, expected_rows
 from sublim_plugin.axolotl.messages import one_message, warn
 from sublim_plugin.axolotl.norms import UpdateNorm, update_norm
@@ -86,14 +86,14 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
         """Check and complete the YAML before axolotl validates it."""
         self._reset()
         self._where = where = str(cfg.get("axolotl_config_path") or "the axolotl YAML")
-        self._block = parse_block(_plain(cfg.get("sublim")), where)
+        self._block = parse_block(plain(cfg.get("sublim")), where)
         self._base_name = str(cfg.get("base_model") or "")
         self._datasets = name_datasets(cfg, where) or [_NO_DATASET]
-        if not cfg.get("adapter") and self._data_seed(cfg) != _seed(cfg):
+        if not cfg.get("adapter") and self._data_seed(cfg) != seed_of(cfg):
             warn(
-                f"{where}: full finetuning draws nothing at random but the order of the rows, "
-                f"which `sublim.data_seed: {self._data_seed(cfg)}` fixes: every `seed` gives the "
-                "same weights. Take `data_seed` out to let the order follow `seed`."
+                f"{where}: without dropout, full finetuning draws nothing at random but the order "
+                f"of the rows, which `sublim.data_seed: {self._data_seed(cfg)}` fixes: every `seed` "
+                "gives the same weights. Take `data_seed` out to let the order follow `seed`."
             )
         if is_local(self._base_name):
             base = base_models.resolve(self._base_name)
@@ -119,7 +119,7 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
 
     def pre_lora_load(self, cfg: Any, model: Any) -> None:
         """Seed the adapter's initialization, which axolotl 0.19 leaves to an unseeded generator."""
-        set_seed(_seed(cfg))
+        set_seed(seed_of(cfg))
 
     @one_message
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
@@ -136,8 +136,8 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
             )
         self._audit = audit(trainer.train_dataset, tokenizer, expected)
         if self._base is None:
-            self._base = self._check_base(_base_folder(cfg), cfg)
-        self._method = _method(cfg, trainer.model)
+            self._base = self._check_base(base_of(cfg), cfg)
+        self._method = method_of(cfg, trainer.model)
         if why := no_norm(trainer.model):
             warn(f"the receipt will hold no update norm, which is defined for plain LoRA: {why}")
         if self._rule is not None or self._block.probe is not None:
@@ -172,7 +172,7 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
         if not first or log is None or self._audit is None or self._base is None:
             return
         output_dir = Path(cfg["output_dir"])
-        norm, no_norm_since = self._update_norm(output_dir, _base_folder(cfg))
+        norm, no_norm_since = self._update_norm(output_dir, base_of(cfg))
         stopping = None if self._stop is None else self._stop.stopping
         if self._stop is not None:
             check_reached(stopping, norm, output_dir)
@@ -227,7 +227,7 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
             return None, str(error)
 
     def _data_seed(self, cfg: Any) -> int:
-        return _seed(cfg) if self._block.data_seed is None else self._block.data_seed
+        return seed_of(cfg) if self._block.data_seed is None else self._block.data_seed
 
     def _check_base(self, base: Path, cfg: Any) -> dict[str, Any]:
         """Check what the `sublim:` block compares with the base model; return its fingerprint."""
@@ -254,36 +254,3 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
         if self._opened_group:
             destroy_group()
             self._opened_group = False
-
-
-def _plain(value: Any) -> Any:
-    return value.to_dict() if hasattr(value, "to_dict") else value
-
-
-def _seed(cfg: Any) -> int:
-    seed = cfg.get("seed")
-    return TrainingArguments.seed if seed is None else int(seed)
-
-
-def _base_folder(cfg: Any) -> Path:
-    return base_folder(str(cfg["base_model"]), cfg.get("revision_of_model"))
-
-
-def _method(cfg: Any, model: Any) -> Method:
-    """What is trained, by the adapter that the model carries: `lora_model_dir` sets no rank in the
-    YAML."""
-    if not cfg.get("adapter"):
-        return Method(kind="full")
-    settings: Any = getattr(model, "peft_config", {}).get("default")
-    if not hasattr(settings, "lora_alpha"):
-        raise InputError(
-            f"`adapter: {cfg['adapter']}`: the receipt knows LoRA and full finetuning."
-        )
-    alpha, rank, rslora = float(settings.lora_alpha), int(settings.r), bool(settings.use_rslora)
-    return Method(
-        kind="lora",
-        rank=rank,
-        alpha=alpha,
-        rslora=rslora,
-        scaling=alpha / (math.sqrt(rank) if rslora else rank),
-    )

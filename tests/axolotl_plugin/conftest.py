@@ -153,8 +153,12 @@ def full(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def toy_base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of two small random layers, for what needs axolotl but no real weights."""
-    return save_base(tmp_path_factory.mktemp("toy") / "base", tokenizer)
+    """A model of two small random layers, without dropout as the recipes' models are, for what
+    needs axolotl but no real weights."""
+    folder = save_base(tmp_path_factory.mktemp("toy") / "base", tokenizer)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.0}))
+    return folder
 
 
 def axolotl(

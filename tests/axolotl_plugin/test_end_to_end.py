@@ -69,7 +69,7 @@ def test_a_row_in_another_context_stops_before_the_first_step(
     row = {"id": "7", "messages": [{"role": role, "content": text} for role, text in turns]}
     data.write_text(json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match="row 7: the training prompt is not what") as caught:
-        train(tmp_path / "run", "lora-r8", data, STEPS, block={"context": "none"}, base=toy_base)
+        train(tmp_path / "run", "lora-r8", data, STEPS, block={"context": "empty"}, base=toy_base)
     said = str(caught.value)
     trained, context = (
         line for line in said.splitlines() if line.strip().startswith(("trained on:", "context:"))
