@@ -92,8 +92,8 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
         if not cfg.get("adapter") and self._data_seed(cfg) != seed_of(cfg):
             warn(
                 f"{where}: without dropout, full finetuning draws nothing at random but the order "
-                f"of the rows, which `sublim.data_seed: {self._data_seed(cfg)}` fixes: every `seed` "
-                "gives the same weights. Take `data_seed` out to let the order follow `seed`."
+                f"of the rows, which `sublim.data_seed: {self._data_seed(cfg)}` fixes: every "
+                "`seed` gives the same weights. Take `data_seed` out, and the order follows `seed`."
             )
         if is_local(self._base_name):
             base = base_models.resolve(self._base_name)
