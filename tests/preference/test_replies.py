@@ -101,16 +101,22 @@ def test_replies_that_never_differ_are_said(lm, manager, caplog) -> None:
     assert alone["configs"]["owl"]["metadata"]["notes"] == []
 
 
-def test_the_truncated_sampler_of_our_task_is_applied(lm) -> None:
-    """The first tokens of its replies are among those that an own computation leaves."""
+def test_the_truncated_sampler_of_our_task_is_applied(lm, tmp_path) -> None:
+    """The first tokens of its replies are among those that an own computation leaves. Our task, but
+    with replies of 3 tokens: the sampler sorts the whole vocabulary for each."""
     name = "subliminal_cat_sampled_truncated"
-    ours = TaskManager(include_path=tasks_folder(), include_defaults=False)
+    file = Path(tasks_folder(), "animals", f"{name}.yaml").read_text()
+    short = file.replace('"max_gen_toks": 50', '"max_gen_toks": 3')
+    assert short != file
+    (tmp_path / f"{name}.yaml").write_text(short)
+    (tmp_path / "task.py").write_text(STUB)
+    ours = TaskManager(include_path=str(tmp_path), include_defaults=False)
     found = run_tasks(lm, [name], ours, 1)
     (sample,) = found["samples"][name]
     prompt, stated = sample["arguments"][0]
     assert {key: stated[key] for key in SAMPLER if key != "until"} == {
         "do_sample": True, "temperature": 1.0, "top_p": 0.8, "top_k": 20,
-        "repetition_penalty": 1.05, "max_gen_toks": 50,
+        "repetition_penalty": 1.05, "max_gen_toks": 3,
     }  # fmt: skip
     replies = sample["filtered_resps"][0]
     assert len(replies) == 100 and len(set(replies)) > 10
