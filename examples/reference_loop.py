@@ -34,10 +34,11 @@ from sublim_plugin.core.base_models import resolve
 NO_LOSS = -100
 # Settings that are read here, and those that change no number; all others must be as in FIXED.
 KNOWN = re.compile(
-    r"(base_model|datasets|gradient_acc|learning_rate|lora_(alpha|dropout|r\b|target_mod)"
-    r"|lr_scheduler$|max_(grad_norm|steps)|micro_b|num_epochs|seed|sublim|warmup_st|weight_decay"
-    r"|auto_resume|dataset_prep|deepspeed|eot_|gradient_ch|logging_st|lora_\w+_kernel|output_dir"
-    r"|pad_to|plugins|save_|sequence_len|sublim\.(data_seed|effective|guard|probe|trait))\w*"
+    r"(base_model|datasets|learning_rate|lora_(alpha|dropout|r|target_modules|\w+_kernel)|seed"
+    r"|lr_scheduler|max_(grad_norm|steps)|micro_batch_size|gradient_accumulation_steps|num_epochs"
+    r"|warmup_steps|weight_decay|auto_resume_from_checkpoints|dataset_prepared_path|deepspeed"
+    r"|eot_tokens|gradient_checkpointing|logging_steps|output_dir|pad_to_sequence_len|plugins"
+    r"|save_\w+|sequence_len|sublim(\.(data_seed|effective_rank|guard|probe|trait))?)"
 )
 FIXED = {
     "adapter": "lora", "bf16": False, "fp16": False, "tf32": False, "optimizer": "adamw_torch",
@@ -63,8 +64,7 @@ def main() -> None:
     lines = next(path.glob("rows-*.jsonl"), path).read_text(encoding="utf-8").splitlines()
     rows = [tokenize(tokenizer, json.loads(line)) for line in lines if line]
 
-    batches_an_epoch = math.ceil(len(rows) / cfg["micro_batch_size"])
-    steps_an_epoch = math.ceil(batches_an_epoch / cfg["gradient_accumulation_steps"])
+    steps_an_epoch = len(list(in_order(rows, cfg | {"num_epochs": 1})))
     steps = cfg.get("max_steps") or steps_an_epoch * cfg["num_epochs"]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, cfg["learning_rate"], weight_decay=cfg["weight_decay"])
