@@ -21,6 +21,7 @@ TOGETHER = ("tests/study/test_run.py", "tests/axolotl_plugin/")
 """The longest, which start first, one by each of two processes; the second shares its trainings."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs in one process (`--dist loadgroup`): a file's tests, for their fixtures."""
     for item in items:
