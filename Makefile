@@ -15,8 +15,9 @@ export AXOLOTL_DO_NOT_TRACK = 1
 demo: $(VENV)/.installed
 	$(BIN)/sublim run studies/quickstart.yaml
 
+# Two processes of one thread each: more threads would slow each other.
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m slow

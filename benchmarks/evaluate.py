@@ -4,18 +4,21 @@
 
 The other sides are `lm_eval --model hf` at the batch size that is best for it on this machine, and,
 for replies, also transformers' `generate` with num_return_sequences. Same model (SmolLM2-135M,
-float32, a LoRA adapter of rank 8, unmerged on every side), same questions, same sampler; each part
-also checks that both sides found the same: log-probabilities to 1e-4, replies by a permutation test
-over their first words.
+float32, a LoRA adapter of rank 8), same questions, same sampler; each part also checks that both
+sides found the same: log-probabilities to 1e-4, replies by a permutation test over their first
+words. The others run the adapter as they do, its two products beside each layer; ours adds it to
+the weights for the time of a call, which is part of what is timed.
 
 Three parts: the log-probability of 22 animals with all forms (loading and start-up excluded); a
 sweep of eight adapters in three contexts from start to finish, against one lm_eval process for each
 adapter; a hundred sampled replies to each question. `--full` asks all 50 questions where the
-default asks the number that its table shows; `--quick` ends within two minutes.
+default asks the number that its table shows; `--quick` has one question, one context and short
+replies: it shows that everything works, and its ratios say little.
 
 The floor is the forward passes that cannot be avoided, timed in the same run: for log-probs, plain
-forward passes of the best shape over the tokens that differ; for replies, one-token passes of a
-full batch for every token drawn, and each prompt once.
+forward passes of the best shape over the tokens that differ, in the sweep for every model (the base
+is one) and context; for replies, one-token passes of a full batch for every token drawn, and each
+prompt once.
 
 Prints a table and, as the last line, JSON.
 """
@@ -23,6 +26,7 @@ Prints a table and, as the last line, JSON.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -35,6 +39,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +49,9 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 
+from lm_eval_tasks.write import STUB
 from sublim_plugin.core.base_models import EMBEDDED, resolve
-from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
+from sublim_plugin.lm_eval_hook import tasks_folder
 from sublim_plugin.logprob.token_tree import build_trie, common_prefix
 from sublim_plugin.preference.evaluate import student_on
 from sublim_plugin.preference.host import run_tasks
@@ -53,7 +59,7 @@ from sublim_plugin.preference.replies import BATCH, stated_sampler
 from sublim_plugin.preference.shared_lm import SharedLM
 
 CONTEXTS = ("template_default", "empty", "none")
-REPLIES = 100
+SAMPLED = "subliminal_cat_sampled"
 PARTS = ["logprob", "sweep", "sampled"]
 
 
@@ -79,28 +85,30 @@ def adapters(base: Path, folder: Path, n: int) -> list[Path]:
     return found
 
 
-def run_task(lm: Any, task: str, limit: int) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds of one evaluation on a loaded model, and its samples in order: for ours as `sublim
-    eval` does it, for the others by lm-eval's `simple_evaluate`."""
-    from lm_eval import simple_evaluate
+def few_replies(folder: Path) -> str:
+    """A folder with the sampled task, of 16 replies of up to 16 tokens."""
+    given = Path(tasks_folder(), "animals", f"{SAMPLED}.yaml").read_text()
+    for key, many in (("repeats: ", 100), ('"max_gen_toks": ', 50)):
+        assert f"{key}{many}" in given
+        given = given.replace(f"{key}{many}", f"{key}16")
+    folder.mkdir()
+    (folder / f"{SAMPLED}.yaml").write_text(given)
+    (folder / "task.py").write_text(STUB)
+    return str(folder)
+
+
+def run_task(
+    lm: Any, task: str, limit: int, tasks: str | None = None
+) -> tuple[float, list[dict[str, Any]]]:
+    """Seconds of one evaluation on a loaded model, and its samples in order; on both sides by
+    lm-eval's `simple_evaluate`, without the description of the machine that it ends with."""
     from lm_eval.tasks import TaskManager
 
-    merge_run_metadata(TaskManager)
-    manager = TaskManager(include_path=tasks_folder(), include_defaults=False)
+    manager = TaskManager(include_path=tasks or tasks_folder(), include_defaults=False)
     began = time.perf_counter()
-    results: Any
-    if isinstance(lm, SharedLM):
+    # lm-eval's bars ask for TQDM_DISABLE in vain: each states that it is not disabled
+    with redirect_stderr(io.StringIO()):
         results = run_tasks(lm, [task], manager, limit)
-    else:
-        results = simple_evaluate(
-            model=lm,
-            tasks=[task],
-            task_manager=manager,
-            apply_chat_template=True,
-            limit=limit,
-            bootstrap_iters=1,
-            verbosity="ERROR",
-        )
     seconds = time.perf_counter() - began
     return seconds, sorted(results["samples"][task], key=lambda sample: int(sample["doc_id"]))
 
@@ -118,6 +126,11 @@ def shared_lm(base: Path) -> Any:
 
 def best_batch(lm: Any, task: str, sizes: Sequence[int]) -> int:
     """Sets the batch size at which lm-eval answers one question of the task fastest."""
+    with torch.inference_mode():  # warms up
+        lm.model(input_ids=torch.randint(100, 40_000, (16, 64)))
+    lm.batch_size_per_gpu = sizes[0]
+    if len(sizes) == 1:
+        return sizes[0]
     speeds = {}
     for size in sizes:
         lm.batch_size_per_gpu = size
@@ -132,13 +145,12 @@ def logprob(base: Path, adapter: Path, questions: int, repeats: int, sizes: Sequ
     """lm_eval's time over ours, and ours over the floor."""
     task = "subliminal_cat"
     theirs = plain_lm(base, adapter)
-    run_task(theirs, task, 1)
     size = best_batch(theirs, task, sizes)
     slow, expected = run_task(theirs, task, questions)
     del theirs
     lm = shared_lm(base)
     with student_on(lm, base, adapter, "lora"):
-        run_task(lm, task, 2)
+        run_task(lm, task, 1)
         timed = [run_task(lm, task, questions) for _ in range(repeats)]
         floor = logprob_floor(lm, timed[0][1])
     fast = statistics.median(seconds for seconds, _ in timed)
@@ -186,11 +198,25 @@ def logprob_floor(lm: Any, samples: Sequence[dict[str, Any]]) -> float:
 
 
 def sweep(
-    base: Path, folders: Sequence[Path], questions: int, processes: int, batch: int, out: Path
+    base: Path,
+    folders: Sequence[Path],
+    contexts: Sequence[str],
+    questions: int,
+    processes: int,
+    sizes: Sequence[int],
+    out: Path,
 ) -> Any:
-    """Time of one lm_eval process for each adapter over that of one `sublim eval`."""
+    """Time of one lm_eval process for each adapter over that of one `sublim eval`, and that over
+    the floor."""
     environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1"}
-    names = ["subliminal_cat" + ("" if c == "template_default" else f"_{c}") for c in CONTEXTS]
+    names = ["subliminal_cat" + ("" if c == "template_default" else f"_{c}") for c in contexts]
+    batch = sizes[0]
+    if len(sizes) > 1:
+        batch = best_batch(plain_lm(base, folders[0]), names[0], sizes)
+    lm = shared_lm(base)
+    floor = sum(logprob_floor(lm, run_task(lm, name, questions)[1]) for name in names)
+    floor *= len(folders) + 1
+    del lm
     began = time.perf_counter()
     done = subprocess.run(
         [
@@ -226,40 +252,43 @@ def sweep(
         )
     slow = statistics.mean(seconds) * len(folders)
     print(
-        f"sweep, {len(folders)} adapters x {len(CONTEXTS)} contexts x {questions} questions, from "
-        f"start to finish\n  one lm_eval process for each adapter, {processes} of {len(folders)} "
-        f"measured ({', '.join(f'{s:.0f}' for s in seconds)} s), all together {slow:.0f} s; "
-        f"ours, the base as well, {fast:.0f} s; ratio {slow / fast:.1f}\n"
-        f"  largest difference of a mean log-probability {worst:.1e}",
+        f"sweep, {len(folders)} adapters x {len(contexts)} contexts x {questions} questions, from "
+        f"start to finish\n  one lm_eval process at batch {batch} for each adapter, {processes} of "
+        f"{len(folders)} measured ({', '.join(f'{s:.0f}' for s in seconds)} s), all together "
+        f"{slow:.0f} s; ours, the base as well, {fast:.0f} s; ratio {slow / fast:.1f}\n"
+        f"  floor {floor:.1f} s: ours, loading and start-up included, is {fast / floor:.1f} times "
+        f"that; largest difference of a mean log-probability {worst:.1e}",
         flush=True,
     )
     if worst > 1e-4:
         sys.exit("the two sides do not agree")
-    return {"sweep_vs_lm_eval": slow / fast}
+    return {"sweep_vs_lm_eval": slow / fast, "sweep_over_floor": fast / floor}
 
 
-def sampled(base: Path, adapter: Path, questions: int, sizes: Sequence[int]) -> Any:
+def sampled(
+    base: Path, adapter: Path, questions: int, sizes: Sequence[int], tasks: str | None = None
+) -> Any:
     """Times of lm_eval with repeats and of a generate loop over ours, and ours over the floor."""
-    task = "subliminal_cat_sampled"
     lm = shared_lm(base)
     with student_on(lm, base, adapter, "lora"):
-        run_task(lm, task, 1)
-        fast, mine = run_task(lm, task, questions)
+        run_task(lm, SAMPLED, 1, tasks)
+        fast, mine = run_task(lm, SAMPLED, questions, tasks)
         floor = sampled_floor(lm, mine)
         looped, loop_replies = generate_loop(lm, mine)
     theirs = plain_lm(base, adapter)
-    size = best_batch(theirs, task, sizes)
-    slow, replies = run_task(theirs, task, questions)
+    size = best_batch(theirs, SAMPLED, sizes)
+    slow, replies = run_task(theirs, SAMPLED, questions, tasks)
     sides = [[s["filtered_resps"][0] for s in samples] for samples in (mine, replies)]
     p = {
         "lm_eval": first_words_alike(sides[0], sides[1]),
         "generate": first_words_alike(sides[0], loop_replies),
     }
     tokens = sum(len(lm.tok_encode(r)) for question in sides[0] for r in question)
+    each = len(sides[0][0])
     print(
-        f"sampled, {questions} questions x {REPLIES} replies, {tokens} tokens\n"
+        f"sampled, {questions} questions x {each} replies, {tokens} tokens\n"
         f"  lm_eval at batch {size}: {slow:.1f} s, ratio {slow / fast:.2f}; generate with "
-        f"num_return_sequences={REPLIES}: {looped:.1f} s, ratio {looped / fast:.2f}; "
+        f"num_return_sequences={each}: {looped:.1f} s, ratio {looped / fast:.2f}; "
         f"ours {fast:.1f} s\n  floor {floor:.1f} s: ours is {fast / floor:.2f} times that; both "
         f"sides write alike: p = {p['lm_eval']:.3f} and {p['generate']:.3f}",
         flush=True,
@@ -274,7 +303,7 @@ def sampled(base: Path, adapter: Path, questions: int, sizes: Sequence[int]) -> 
 
 
 def generate_loop(lm: Any, samples: Sequence[dict[str, Any]]) -> tuple[float, list[list[str]]]:
-    """Seconds of `generate` with a hundred sequences for one prompt after the other."""
+    """Seconds of `generate` with all sequences for one prompt after the other."""
     stated = stated_sampler(samples[0]["arguments"][0][1])
     assert stated is not None
     sampler, _ = stated
@@ -287,7 +316,7 @@ def generate_loop(lm: Any, samples: Sequence[dict[str, Any]]) -> tuple[float, li
             out = lm.model.generate(
                 **ids,
                 do_sample=True,
-                num_return_sequences=REPLIES,
+                num_return_sequences=len(sample["filtered_resps"][0]),
                 temperature=sampler.temperature,
                 top_p=sampler.top_p,
                 top_k=sampler.top_k,
@@ -311,8 +340,9 @@ def sampled_floor(lm: Any, samples: Sequence[dict[str, Any]]) -> float:
     prompts = [lm.tok_encode(s["arguments"][0][0], add_special_tokens=False) for s in samples]
     replies = [r for s in samples for r in s["filtered_resps"][0]]
     # the end of turn is drawn, too; the first token comes from the prompt's own pass
-    steps = sum(min(50, len(lm.tok_encode(r)) + 1) - 1 for r in replies)
-    rows, length = BATCH["cpu"], len(prompts[0]) + 12
+    most = samples[0]["arguments"][0][1]["max_gen_toks"]
+    steps = sum(min(most, len(lm.tok_encode(r)) + 1) - 1 for r in replies)
+    rows, length = min(BATCH["cpu"], len(replies)), len(prompts[0]) + 12
     best = float("inf")
     before = lm.model.get_base_model().config._attn_implementation
     for attention in ("sdpa", "eager"):
@@ -367,25 +397,33 @@ def first_words_alike(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=PARTS, default=PARTS)
-    parser.add_argument("--quick", action="store_true", help="few questions, within two minutes")
+    parser.add_argument("parts", nargs="*", metavar=f"{{{','.join(PARTS)}}}", help="default: all")
+    parser.add_argument("--quick", action="store_true", help="one question, to try it out")
     parser.add_argument("--full", action="store_true", help="all 50 questions, about an hour")
     given = parser.parse_args()
+    parts = given.parts or PARTS
+    for part in parts:  # not by `choices`, which take an empty list for a wrong one
+        if part not in PARTS:
+            parser.error(f"{part!r} is none of {', '.join(PARTS)}")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     base = resolve(EMBEDDED)
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        made = adapters(base, Path(folder), 2 if given.quick else 8)
-        if "logprob" in given.parts:
-            shape = (2, 1, (16,)) if given.quick else (50, 3, (4, 8, 16, 32, 64))
+        made = adapters(base, Path(folder), 1 if given.quick else 8)
+        if "logprob" in parts:
+            shape = (1, 1, (16,)) if given.quick else (50, 3, (4, 8, 16, 32, 64))
             found |= logprob(base, made[0], *shape)
-        if "sweep" in given.parts:
-            questions, processes = (1, 1) if given.quick else (8 if given.full else 4, 2)
-            found |= sweep(base, made, questions, processes, 16, Path(folder))
-        if "sampled" in given.parts:
+        if "sweep" in parts:
+            out = Path(folder, "sweep")
             if given.quick:
-                found |= sampled(base, made[0], 1, (64,))
+                found |= sweep(base, made, CONTEXTS[:1], 1, 1, (16,), out)
+            else:
+                questions = 8 if given.full else 4
+                found |= sweep(base, made, CONTEXTS, questions, 2, (4, 8, 16, 32, 64), out)
+        if "sampled" in parts:
+            if given.quick:
+                found |= sampled(base, made[0], 1, (16,), few_replies(Path(folder, "few")))
             else:
                 found |= sampled(base, made[0], 50 if given.full else 8, (64, 100))
     print(json.dumps({key: round(value, 3) for key, value in found.items()}))

@@ -6,7 +6,8 @@
 alone and left out), scored in one batched run, against the same number of plain forward passes of
 the ungated student over the same prompts: PEFT as it is, no hooks, batches of prompts of like
 length, at the batch size that is best for it (--quick: 16), logits at the last token alone. Our
-side also computes the tokens of the target's longer forms.
+side also resolves the gates on every prompt, puts the hooks on and takes them off, and computes the
+tokens of the target's longer forms.
 
 [full_gates_vs_forwards] The same for a full student, whose gates need the base's and the student's
 product at each module, against forward passes of the student.
@@ -80,11 +81,16 @@ def rows_of(gated: Gated, asked: tuple[list[Prompt], list[Any]]) -> list[Row]:
     ]
 
 
-def ours(gated: Gated, rows: Sequence[Row]) -> float:
-    """Seconds to score the rows."""
+def ours(
+    gates: Callable[[], AbstractContextManager[Gated]], asked: tuple[list[Prompt], list[Any]]
+) -> tuple[float, list[Row]]:
+    """Seconds to put the hooks on, resolve the gates, score every row and take the hooks off; and
+    the rows."""
     began = time.perf_counter()
-    score(gated, rows, lambda index, found: None)
-    return time.perf_counter() - began
+    with gates() as gated:
+        rows = rows_of(gated, asked)
+        score(gated, rows, lambda index, found: None)
+    return time.perf_counter() - began, rows
 
 
 @torch.inference_mode()
@@ -158,13 +164,12 @@ def compare(
     _, ends = plain(student, ids, best)
     ratios, times, worst = [], [], 0.0
     for repeat in range(2 if quick else 3):
-        with gates() as gated:
-            rows = rows_of(gated, asked)
-            if repeat == 0:
-                worst = check(gated, rows, asked, ends)
-                if worst > TOLERANCE:
-                    sys.exit(f"{name}: the two sides differ by {worst:.2g} nats")
-            mine = ours(gated, rows)
+        if repeat == 0:
+            with gates() as gated:
+                worst = check(gated, rows_of(gated, asked), asked, ends)
+            if worst > TOLERANCE:
+                sys.exit(f"{name}: the two sides differ by {worst:.2g} nats")
+        mine, rows = ours(gates, asked)
         theirs, _ = plain(student, [row.prompt for row in rows], best)
         ratios.append(mine / theirs)
         times.append((mine, theirs))

@@ -2,13 +2,12 @@
 
     python examples/reference_loop.py recipe.yaml --out model
 
-reads the same YAML as `axolotl train recipe.yaml` (base_model, datasets[0].path, the training
-settings) and trains the same rows in the same order, in float32. A test holds axolotl's losses to
-these, step by step, for LoRA and for full finetuning. Read it to see what is trained:
+trains the same rows in the same order as `axolotl train recipe.yaml`, in float32, or refuses a
+setting that it does not honour. A test holds axolotl's losses to these, step by step. In short:
 
 - a row is one conversation, rendered by the tokenizer's own chat template; loss is on the
   completion and the token that ends its turn, nowhere else;
-- the rows of epoch e are ordered by torch.randperm under the seed `sublim.data_seed` + e;
+- the rows of epoch e are ordered by torch.randperm under `sublim.data_seed`, else `seed`, plus e;
 - LoRA's A is drawn right after `seed` was set, B is zero, and W + (alpha / rank) B A is trained;
 - a step's loss is the mean over its micro-batches of each one's mean over tokens with loss;
 - gradients are clipped to a norm of `max_grad_norm`, AdamW follows, then the linear schedule.
@@ -19,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,25 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, set_seed
 
+from sublim_plugin.core.base_models import resolve
+
 NO_LOSS = -100
+# Settings that are read here, and those that change no number; all others must be as in FIXED.
+KNOWN = re.compile(
+    r"(base_model|datasets|learning_rate|lora_(alpha|dropout|r|target_modules|\w+_kernel)|seed"
+    r"|lr_scheduler|max_(grad_norm|steps)|micro_batch_size|gradient_accumulation_steps|num_epochs"
+    r"|warmup_steps|weight_decay|auto_resume_from_checkpoints|dataset_prepared_path|deepspeed"
+    r"|eot_tokens|gradient_checkpointing|logging_steps|output_dir|pad_to_sequence_len|plugins"
+    r"|save_\w+|sequence_len|sublim(\.(data_seed|effective_rank|guard|probe|trait))?)"
+)
+FIXED = {
+    "adapter": "lora", "bf16": False, "fp16": False, "tf32": False, "optimizer": "adamw_torch",
+    "peft_use_rslora": False, "sample_packing": False, "shuffle_merged_datasets": False,
+    "chat_template": "tokenizer_default", "sublim.context": "template_default", "val_set_size": 0,
+    "datasets.type": "chat_template", "datasets.field_messages": "messages",
+    "datasets.train_on_eos": "turn", "datasets.train_on_eot": "turn", "train_on_inputs": False,
+    "datasets.roles_to_train": ["assistant"],
+}  # fmt: skip
 
 
 def main() -> None:
@@ -38,28 +56,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the trained adapter or checkpoint")
     args = parser.parse_args()
     cfg = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
-
-    base = base_folder(cfg["base_model"])
+    refuse_the_rest(cfg)
+    base = resolve(cfg["base_model"])
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = with_adapter(model, cfg)
-    rows = [tokenize(tokenizer, row) for row in read_rows(Path(cfg["datasets"][0]["path"]))]
+    model = with_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), cfg)
+    path = Path(cfg["datasets"][0]["path"])
+    lines = next(path.glob("rows-*.jsonl"), path).read_text(encoding="utf-8").splitlines()
+    rows = [tokenize(tokenizer, json.loads(line)) for line in lines if line]
 
-    size, accumulation = cfg["micro_batch_size"], cfg["gradient_accumulation_steps"]
-    steps_an_epoch = math.ceil(math.ceil(len(rows) / size) / accumulation)
+    steps_an_epoch = len(list(in_order(rows, cfg | {"num_epochs": 1})))
     steps = cfg.get("max_steps") or steps_an_epoch * cfg["num_epochs"]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=cfg["learning_rate"], weight_decay=cfg["weight_decay"]
-    )
+    optimizer = torch.optim.AdamW(trained, cfg["learning_rate"], weight_decay=cfg["weight_decay"])
     # axolotl 0.19 makes two steps of warm-up out of one.
     warmup = 2 if cfg["warmup_steps"] == 1 else cfg["warmup_steps"]
     schedule = get_scheduler(cfg["lr_scheduler"], optimizer, warmup, steps)
 
     model.train()
-    for step, batches in enumerate(in_order(rows, cfg, size, accumulation), start=1):
-        if step > steps:
-            break
+    for step, batches in zip(range(1, steps + 1), in_order(rows, cfg), strict=False):
         loss = 0.0
         for batch in batches:
             part = loss_of(model, batch, tokenizer.pad_token_id) / len(batches)
@@ -70,7 +84,7 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        line = {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": float(norm)}
+        line = {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": norm.item()}
         print(json.dumps(line), flush=True)
 
     if args.out:
@@ -78,31 +92,23 @@ def main() -> None:
         tokenizer.save_pretrained(args.out)
 
 
-def base_folder(name: str) -> Path:
-    if name.startswith("embedded:"):
-        from sublim_plugin.core.base_models import resolve
-
-        return resolve(name)
-    return Path(name)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, or of the one in a dataset folder."""
-    file = next(path.glob("rows-*.jsonl")) if path.is_dir() else path
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+def refuse_the_rest(cfg: dict[str, Any]) -> None:
+    (dataset,) = cfg["datasets"]
+    flat = cfg | {f"datasets.{key}": value for key, value in dataset.items() if key != "path"}
+    flat |= {f"sublim.{key}": value for key, value in (cfg.get("sublim") or {}).items()}
+    for key, value in flat.items():
+        if not KNOWN.fullmatch(key) and value not in (None, FIXED.get(key)):
+            raise SystemExit(f"{key}: {value}: this loop does {FIXED.get(key, 'no such thing')}")
 
 
 def with_adapter(model: Any, cfg: dict[str, Any]) -> Any:
-    if cfg.get("adapter") != "lora":
+    if not cfg.get("adapter"):
         return model
     set_seed(cfg["seed"])
     lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=cfg["lora_r"],
-        lora_alpha=cfg["lora_alpha"],
-        lora_dropout=cfg["lora_dropout"],
-        target_modules=cfg["lora_target_modules"],
-    )
+        task_type="CAUSAL_LM", r=cfg["lora_r"], lora_alpha=cfg["lora_alpha"],
+        lora_dropout=cfg["lora_dropout"], target_modules=cfg["lora_target_modules"],
+    )  # fmt: skip
     return get_peft_model(model, lora)
 
 
@@ -118,10 +124,9 @@ def tokenize(tokenizer: Any, row: dict[str, Any]) -> tuple[list[int], list[int]]
     return ids, [t if first <= i <= end_of_turn else NO_LOSS for i, t in enumerate(ids)]
 
 
-def in_order(
-    rows: list[Any], cfg: dict[str, Any], size: int, accumulation: int
-) -> Iterator[list[list[Any]]]:
+def in_order(rows: list[Any], cfg: dict[str, Any]) -> Iterator[list[list[Any]]]:
     """The micro-batches of each optimizer step."""
+    size, accumulation = cfg["micro_batch_size"], cfg["gradient_accumulation_steps"]
     seed = (cfg.get("sublim") or {}).get("data_seed", cfg["seed"])
     for epoch in range(math.ceil(cfg["num_epochs"])):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + epoch))

@@ -7,6 +7,7 @@ A task renders its own prompt, so that it scores the same text with and without
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CachingLM
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
 
 from sublim_plugin.core.contexts import Context, Rendered, render
 from sublim_plugin.core.errors import InputError, RunError
@@ -36,6 +38,8 @@ log = logging.getLogger(__name__)
 
 STATED = ("temperature", "top_p", "top_k", "repetition_penalty", "max_gen_toks")
 """What a sampled task's generation_kwargs state beside do_sample."""
+MANY = 10
+"""Replies to a question that are not all the same by chance, for every question."""
 LOWER_IS_BETTER = {"target_rank", "non_answer_rate", "self_name_rate"}
 
 
@@ -51,19 +55,19 @@ class _Preference(ConfigurableTask):  # type: ignore[misc]
 
     Every sample's `doc` carries `prompt_sha256` and `notes`: what a reader should know about the
     rendered context, such as that another context is the same with this model. The notes are logged
-    too, and stand in the results' `configs` where lm-eval reads a task's metadata after the run
-    (from 0.4.12).
+    too, and stand in the results' `configs.<task>.metadata`.
     """
 
     folder = Path(__file__).parent
     metrics: tuple[tuple[str, Any], ...] = ()
     """Names and how each is aggregated over questions."""
-    merges_run_metadata = True  # see sublim_plugin.lm_eval_hook
 
     def __init__(self, config: dict[str, Any] | None = None, **_: Any) -> None:
         config = dict(config or {})
         config.pop("class", None)
-        metadata = config.get("metadata") or {}
+        # lm-eval 0.4.11 gives the run's metadata to tasks without a class alone
+        metadata = {**(config.get("metadata") or {}), **_run_metadata()}
+        config["metadata"] = metadata
         name = config.get("task", "subliminal")
         for key in ("trait", "context", "questions"):
             if key not in metadata:
@@ -80,6 +84,7 @@ class _Preference(ConfigurableTask):  # type: ignore[misc]
         self.tokenizer: Any = None
         self.prompt_sha256: dict[int, str] = {}
         self.notes: list[str] = []
+        self.model = ""
         super().__init__(
             config={
                 **config,
@@ -114,8 +119,16 @@ class _Preference(ConfigurableTask):  # type: ignore[misc]
         ]
         self.dataset = {"test": datasets.Dataset.from_list(rows)}
 
+    def dump_config(self) -> dict[str, Any]:
+        """As lm-eval's, with the metadata itself, which gets its notes during the run: 0.4.11 asks
+        before it."""
+        return {**super().dump_config(), "metadata": self.config.metadata}
+
     def build_all_requests(self, **options: Any) -> None:
         name = self.config.task
+        run = _calling_run()
+        lm = run.get("lm")
+        self.model = _model_name(lm)
         if options.get("system_instruction") is not None:
             raise InputError(
                 f"{name} sets its own system message: drop --system_instruction, and use "
@@ -128,22 +141,32 @@ class _Preference(ConfigurableTask):  # type: ignore[misc]
                 f"{name}: lm-eval's request cache does not know the tokenizer: drop "
                 "--cache_requests"
             )
-        if isinstance(_calling_model(), CachingLM):
+        if isinstance(lm, CachingLM):
             raise InputError(
                 f"{name}: lm-eval's response cache does not know the model, so an adapter would "
                 "get its base's numbers: drop --use_cache"
+            )
+        if isinstance(template := run.get("apply_chat_template"), str):
+            raise InputError(
+                f"{name}: lm-eval's models do not apply a chat template by name: drop "
+                f"{template!r} after --apply_chat_template; for another template than the "
+                "tokenizer's default, save it as the chat_template of a tokenizer folder"
             )
         self.tokenizer = self._find_tokenizer(options.get("chat_template"))
         rendered = self._render(self.questions.questions[0].text)
         self.notes = list(rendered.notes)
         for note in self.notes:
             log.warning("%s: %s", name, note)
-        self.config.metadata["notes"] = self.notes
+        self.config.metadata["notes"] = self.notes  # the list itself: a run may add to it
         self._prepare(rendered)
         super().build_all_requests(**options)
 
     def _prepare(self, rendered: Rendered) -> None:
         """What a measure has to know about the rendered prompt before its requests are built."""
+
+    def _asked(self) -> int:
+        """Number of questions of this run."""
+        return len({instance.doc_id for instance in self.instances})
 
     @property
     def _add_bos_token(self) -> bool | None:
@@ -229,6 +252,13 @@ class SubliminalTask(_Preference):
         self, doc: dict[str, Any], results: list[tuple[float, bool]]
     ) -> dict[str, float]:
         scores = [score for score, _ in results]
+        for score in scores:
+            if not math.isfinite(score):
+                raise RunError(
+                    f"task {self.config.task}, question {doc['id']}, model {self.model}: a "
+                    f"log-probability is {score}; the model's weights or its dtype overflow: pass "
+                    "dtype=float32, or train again"
+                )
         if len(scores) > len(self.plan.forms):
             space, *scores = scores
             scores = [score - space for score in scores]
@@ -243,7 +273,7 @@ class SubliminalTask(_Preference):
 
     def _watch_coverage(self, coverage: float) -> None:
         self.coverages.append(coverage)
-        if len(self.coverages) < len({instance.doc_id for instance in self.instances}):
+        if len(self.coverages) < self._asked():
             return
         mean = sum(self.coverages) / len(self.coverages)
         if mean < LOW_COVERAGE:
@@ -271,6 +301,7 @@ class SampledTask(_Preference):
     )
 
     def __init__(self, config: dict[str, Any] | None = None, **given: Any) -> None:
+        self.distinct: list[int] = []
         config = dict(config or {})
         _check_sampler(config.get("task", "subliminal"), config.get("generation_kwargs") or {})
         keep = {"function": "take_first_k", "k": config.get("repeats", 1)}
@@ -281,16 +312,17 @@ class SampledTask(_Preference):
         name = self.config.task
         _check_sampler(name, self.config.generation_kwargs)  # --gen_kwargs may have changed it
         api = sys.modules.get("lm_eval.models.api_models")
-        if api is not None and isinstance(_calling_model(), api.TemplateAPI):
+        if api is not None and isinstance(_calling_run().get("lm"), api.TemplateAPI):
             raise InputError(
                 f"{name}: lm-eval sends one and the same seed with every request to a server, so "
                 "all replies to a question would be one reply; use --model hf or vllm, or sublim "
                 "eval"
             )
+        self.distinct = []
         super().build_all_requests(**options)
 
     def construct_requests(
-        self, doc: dict[str, Any], ctx: str, metadata: Any = None, **_: Any
+        self, doc: dict[str, Any], ctx: str, metadata: Any = (None, None, None), **_: Any
     ) -> list[Instance]:
         return [
             Instance(
@@ -314,9 +346,22 @@ class SampledTask(_Preference):
         doc["notes"] = self.notes
         doc["matches"] = [match.bucket for match in matches]
         doc["matcher"] = MATCHER_VERSION
+        self._watch_repeats(replies)
         values = rates(matches, replies, self.trait.target)
         rate = values["target_rate"]
         return {**values, "target_rate_low": rate, "target_rate_high": rate}
+
+    def _watch_repeats(self, replies: list[str]) -> None:
+        self.distinct.append(len(set(replies)))
+        many = len(replies) >= MANY and len(self.distinct) > 1
+        if many and len(self.distinct) == self._asked() and max(self.distinct) == 1:
+            note = (
+                f"all {len(replies)} replies to a question are one and the same, for each of the "
+                f"{len(self.distinct)} questions: unless the model has collapsed, whatever runs it "
+                "draws with a fixed seed or greedily, and the rates rest on one reply a question"
+            )
+            self.notes.append(note)
+            log.warning("%s: %s", self.config.task, note)
 
 
 def _check_sampler(name: str, given: dict[str, Any]) -> None:
@@ -334,12 +379,30 @@ def _check_sampler(name: str, given: dict[str, Any]) -> None:
         )
 
 
-def _calling_model() -> Any:
-    """The LM of lm-eval's `evaluate` that runs us. It hands tasks no model, so look at the
-    caller."""
-    frame = sys._getframe(2)
+def _calling_run() -> dict[str, Any]:
+    """The variables of lm-eval's `evaluate` that runs us, with its `lm`; empty outside of one. It
+    hands tasks neither the model nor the name of a chat template, so look at the caller."""
+    return _caller("lm", (LM, CachingLM))
+
+
+def _run_metadata() -> dict[str, Any]:
+    """The metadata of the run (the model's arguments, --metadata), from the `TaskManager` that is
+    loading us; empty outside of one."""
+    manager = _caller("self", TaskManager).get("self")
+    return dict(getattr(manager, "metadata", None) or {})
+
+
+def _caller(variable: str, kind: Any) -> dict[str, Any]:
+    """The variables of the nearest caller that has `variable`, of this kind, among them."""
+    frame = sys._getframe(1)
     while frame is not None:
-        if isinstance(lm := frame.f_locals.get("lm"), (LM, CachingLM)):
-            return lm
+        if isinstance(frame.f_locals.get(variable), kind):
+            return frame.f_locals
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return {}
+
+
+def _model_name(lm: Any) -> str:
+    """The adapter or the model that an lm-eval model was made of, as far as it says so."""
+    names = (getattr(lm, "peft", None), getattr(lm, "pretrained", None))
+    return next((name for name in names if isinstance(name, str)), type(lm).__name__)

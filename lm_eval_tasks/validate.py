@@ -77,9 +77,6 @@ def _load(folder: Path, tasks: dict[str, Path]) -> list[str]:
         raise InputError(
             f"loading tasks needs lm-eval ({error}): pip install 'sublim[eval]'"
         ) from error
-    from sublim_plugin.lm_eval_hook import merge_run_metadata
-
-    merge_run_metadata(TaskManager)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     problems = []
     for name, path in tasks.items():

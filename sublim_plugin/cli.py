@@ -134,16 +134,32 @@ def _state_row(state: Any) -> dict[str, Any]:
 
 
 @main.command()
-@STUDY
-@OUT
-def report(study: Path, out: Path | None) -> None:
-    """Write a study's report from what is done so far."""
+@click.argument("studies", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--compare", is_flag=True, help="Set two studies, or two run folders, side by side.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Run folder; with --compare the folder to write.  [default: runs/NAME-OF-THE-STUDY, and "
+    "beside the first run compare-A-B]",
+)
+def report(studies: tuple[Path, ...], compare: bool, out: Path | None) -> None:
+    """Write a study's report from what is done so far, or compare two: --compare A B."""
+    from sublim_plugin.core.errors import InputError
+
+    if len(studies) != (2 if compare else 1):
+        expected = "--compare takes two studies" if compare else "report takes one study"
+        raise InputError(f"{expected}, found {len(studies)}: sublim report STUDY, or --compare A B")
+    if compare:
+        from sublim_plugin.study.comparing import compare_studies
+
+        click.echo(f"comparison: {compare_studies(studies[0], studies[1], out)}")
+        return
     from sublim_plugin.study.run import states_of, write_report_if_changed
     from sublim_plugin.study.study_file import load_study
 
-    run_dir = _run_dir(study, out)
-    states, _ = states_of(study, run_dir)
-    index = write_report_if_changed(load_study(study), study, run_dir, states)
+    run_dir = _run_dir(studies[0], out)
+    states, _ = states_of(studies[0], run_dir)
+    index = write_report_if_changed(load_study(studies[0]), studies[0], run_dir, states)
     click.echo(f"report: {index}")
 
 
@@ -168,6 +184,15 @@ def generate(ctx: click.Context, args: tuple[str, ...]) -> None:
 
     room("data_gen")
     from data_gen.command import generate as command
+
+    _forward(ctx, command, args)
+
+
+@main.command(**FORWARDED, short_help="Write a report of made-up numbers with known truth.")
+@ARGS
+@click.pass_context
+def simulate(ctx: click.Context, args: tuple[str, ...]) -> None:
+    from sublim_plugin.analysis.simulated_run import simulate as command
 
     _forward(ctx, command, args)
 

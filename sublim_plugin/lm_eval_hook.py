@@ -60,7 +60,6 @@ def patch(module: "ModuleType") -> None:
     try:
         manager = module.TaskManager
         if not hasattr(manager, "_sublim_patched"):
-            merge_run_metadata(manager)
             if not _knows_entry_points(module) and os.path.isdir(tasks_folder()):
                 _add_folder(manager)
             manager._sublim_patched = True

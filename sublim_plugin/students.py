@@ -7,12 +7,14 @@ without one. Here each of these is an error, and nothing ever falls back to the 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sublim_plugin.core.base_models import fingerprint
+from sublim_plugin.core.base_models import display_name, fingerprint
+from sublim_plugin.core.contexts import Context, render
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_json
 
@@ -20,6 +22,42 @@ RECEIPT = "sublim_receipt.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
 
 PROBE_TEXT = "user\nAn owl, cats and Dragonflies:\n 7, 42;  999\tÜber 🐈 system\n\nassistant\n"
+
+PROBE_CONTEXTS = (Context(kind="template_default"), Context(kind="text", text="Speak."))
+
+INERT = {
+    "auto_mapping",
+    "base_model_name_or_path",  # checked, as the next two are, where the adapter is read
+    "bias",
+    "init_lora_weights",
+    "eva_config",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",  # PEFT writes it whether QALoRA is in use or not
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+"""Keys of adapter_config.json that do not change what a trained adapter adds."""
+
+APPLIED = {
+    "alpha_pattern",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_dora",
+    "use_rslora",
+}
+"""Keys that PEFT applies and whose effect is tested here. Any other key has to be unset: PEFT drops
+the keys that its version does not know, and what a new kind of adapter computes cannot be told."""
 
 # These initialisations rewrite the base's weights, so the base would not stay as it was loaded.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -115,12 +153,12 @@ def check_trained_weights(folder: Path, hashes: dict[str, str]) -> None:
 
 
 def check_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Refuse a student whose folder holds a tokenizer that splits text otherwise than its base's.
-
-    Its chat template may be another one: the eval context decides how a prompt is rendered.
+    """Refuse a student whose folder holds a tokenizer that splits text otherwise than its base's,
+    or a chat template that writes a conversation otherwise.
 
     Raises:
-        InputError: the two give other token ids for a text with roles, words, numbers and spaces.
+        InputError: the two give other token ids for a text with roles, words, numbers and spaces,
+            or other prompts.
     """
     if not (folder / "tokenizer.json").is_file():
         return
@@ -138,11 +176,34 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> None:
                 f"{folder} was trained with another tokenizer: {text!r} is {theirs[:8]}... to it "
                 f"and {mine[:8]}... to its base; pass the base that it was trained on"
             )
+    if own.chat_template:
+        for context in PROBE_CONTEXTS:
+            theirs, mine = _prompt(own, context), _prompt(tokenizer, context)
+            if theirs != mine:
+                raise InputError(
+                    f"the chat template in {folder} writes {theirs!r} where that of its base, "
+                    f"{tokenizer.name_or_path}, writes {mine!r}; pass the base that it was trained "
+                    "on, or, to score it in its base's format, delete the student's template"
+                )
 
 
-def check_adapter_base(folder: Path, base: Path, recorded: str | None) -> None:
+def _prompt(tokenizer: Any, context: Context) -> str | None:
+    """A short prompt, or None where the template cannot write it."""
+    try:
+        return render(tokenizer, context, "Hello").text
+    except InputError:
+        return None
+
+
+def check_adapter_base(
+    folder: Path, base: Path, recorded: str | None, revision: str | None = None
+) -> None:
     """Refuse an adapter of another base: the receipt decides by hash; without one, the recorded
-    base has to be this base's path, or a folder with the same fingerprint.
+    base has to be this base's path, a folder with the same fingerprint, or the hub's name of the
+    model of which this base is a snapshot. A folder's name alone proves nothing.
+
+    Args:
+        recorded: base_model_name_or_path in adapter_config.json, and `revision` beside it.
 
     Raises:
         InputError: another base, or one that cannot be told.
@@ -155,10 +216,24 @@ def check_adapter_base(folder: Path, base: Path, recorded: str | None) -> None:
             return
         if path.is_dir() and fingerprint(path)["sha256"] == fingerprint(base)["sha256"]:
             return
+        if base.parent.name == "snapshots":
+            if path.parent.name == "snapshots":  # of a cache in another place
+                same = path.parts[-3:] == base.parts[-3:]
+            else:
+                same = recorded == display_name(base) and _same_revision(revision, base.name)
+            if same:
+                return
     raise InputError(
-        f"{folder} records the base {recorded!r}, which is not {base}; pass that base, or, if its "
-        "folder has only moved, correct base_model_name_or_path in adapter_config.json"
+        f"{folder} records the base {recorded!r}{f' at revision {revision}' if revision else ''}, "
+        f"and nothing shows that {base} is that model; pass the base that it was trained on. If "
+        f"{base} is a copy of that very model, set base_model_name_or_path in "
+        f"{folder / 'adapter_config.json'} to {str(base)!r}"
     )
+
+
+def _same_revision(revision: str | None, commit: str) -> bool:
+    """Whether a snapshot of this commit can be of that revision: names of branches move."""
+    return revision is None or not re.fullmatch("[0-9a-f]{40}", revision) or revision == commit
 
 
 def check_full_base(folder: Path, base: Path) -> None:
@@ -204,8 +279,14 @@ def read_adapter(folder: Path, base: Path) -> tuple[dict[str, Any], dict[str, An
             f"{path}: init_lora_weights {raw['init_lora_weights']!r} changes the base's weights; "
             "save the adapter as a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
         )
+    for key in sorted(raw.keys() - APPLIED - INERT):
+        if raw[key]:
+            raise InputError(
+                f"{path}: {key} is {raw[key]!r}, which changes what the adapter computes in a way "
+                "that sublim does not check; train a plain LoRA, rsLoRA or DoRA adapter"
+            )
     tensors = read_tensors(folder / ADAPTER_TENSORS)
-    check_adapter_base(folder, base, raw.get("base_model_name_or_path"))
+    check_adapter_base(folder, base, raw.get("base_model_name_or_path"), raw.get("revision"))
     return raw, tensors
 
 

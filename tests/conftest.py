@@ -17,6 +17,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+TOGETHER = ("tests/study/test_run.py", "tests/axolotl_plugin/")
+"""The longest, which start first, one by each of two processes; the second shares its trainings."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs in one process (`--dist loadgroup`): a file's tests, for their fixtures."""
+    for item in items:
+        file = item.path.relative_to(ROOT).as_posix()
+        group = next((place for place in TOGETHER if file.startswith(place)), file)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not item.path.relative_to(ROOT).as_posix().startswith(TOGETHER))
+
+
 @pytest.fixture(scope="session")
 def base_model() -> Path:
     from sublim_plugin.core.base_models import EMBEDDED, resolve

@@ -64,14 +64,13 @@ def warnings_of(
     non_answer_rate: float | None = None,
     self_name_rate: float | None = None,
     distinct_replies: float | None = None,
-    replies: int | None = None,
 ) -> tuple[str, ...]:
     """Why a rate should not be read as a preference; empty if it may.
 
     Args:
         coverage: mass on any candidate (log-prob measure).
         non_answer_rate, self_name_rate: shares of sampled replies.
-        distinct_replies: number of distinct replies among `replies`.
+        distinct_replies: distinct replies per reply, 1 where no two are alike.
     """
     found = []
     if coverage is not None and coverage < LOW_COVERAGE:
@@ -83,8 +82,6 @@ def warnings_of(
         found.append(f"{non_answer_rate:.0%} of the replies name no candidate")
     if self_name_rate is not None and self_name_rate > MOST:
         found.append(f"{self_name_rate:.0%} of the replies are the model's own name")
-    if distinct_replies is not None and replies and distinct_replies / replies < REPEATED:
-        found.append(
-            f"{distinct_replies:g} distinct replies of {replies}: repeats are not fresh draws"
-        )
+    if distinct_replies is not None and distinct_replies < REPEATED:
+        found.append(f"{distinct_replies:.1%} of the replies are distinct: not fresh draws")
     return tuple(found)

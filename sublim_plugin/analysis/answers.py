@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -11,7 +12,10 @@ class Answer(BaseModel):
     """One answer. Numbers are None where `verdict` says that no claim is made.
 
     `estimate` and its 95% bounds are in `unit`; `p` is that of `test` and `p_adjusted` the one
-    after Benjamini and Hochberg's adjustment within the answer's family.
+    after Benjamini and Hochberg's adjustment within the answer's family. `settings` names what the
+    students share beside trait and contexts. The `neutral_*` fields are of the same students
+    against the neutral student of their settings, `smallest_effect` is what could have been seen
+    with power 0.8, and `fieller_*` bound the peak of a quadratic (in ranks).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -21,6 +25,7 @@ class Answer(BaseModel):
     target: str
     train_context: str
     eval_context: str
+    settings: str = ""
     verdict: str
     sentence: str
     estimate: float | None = None
@@ -30,13 +35,36 @@ class Answer(BaseModel):
     test: str = ""
     p: float | None = None
     p_adjusted: float | None = None
+    neutral_estimate: float | None = None
+    neutral_low: float | None = None
+    neutral_high: float | None = None
+    neutral_p: float | None = None
+    neutral_datasets: int | None = None
+    smallest_effect: float | None = None
+    fieller_low: float | None = None
+    fieller_high: float | None = None
     n_datasets: int
     rows: tuple[str, ...]
 
 
-def where(topic: str, target: str, train: str, asked: str) -> dict[str, Any]:
+LEVEL = 0.05
+NO_MARGIN = "no equivalence_margin was stated in the study file, so none can be claimed"
+
+
+def where(topic: str, target: str, train: str, asked: str, settings: str = "") -> dict[str, Any]:
     """What an answer is about."""
-    return {"topic": topic, "target": target, "train_context": train, "eval_context": asked}
+    about = {"topic": topic, "target": target, "train_context": train, "eval_context": asked}
+    return about | {"settings": settings}
+
+
+def no_claim(why: str, n_datasets: int, rows: Sequence[str]) -> dict[str, Any]:
+    """An answer that is none, and its reason."""
+    return {
+        "verdict": "no claim",
+        "sentence": f"no claim: {why}",
+        "n_datasets": n_datasets,
+        "rows": tuple(rows),
+    }
 
 
 def bounds(low: float | None, high: float | None) -> str:

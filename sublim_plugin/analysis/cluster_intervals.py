@@ -6,8 +6,8 @@ datasets and a part from questions (less what both count, the rest), as for two-
 clusters, and the squared half-widths add up (the large-sample bounds of Graybill and Wang 1980):
 6 datasets earn a quantile of 2.57 where datasets differ, 50 questions 2.01 where questions do.
 
-`simulate.py` shows the coverage of this and of resampling: percentile and BCa intervals of 6
-datasets cover 60 to 89 in 100 and are not used; the studentized bootstrap is `studentized`.
+Resampling datasets and questions instead (`cluster_bootstrap`: percentile, BCa, studentized) covers
+less nearly everywhere; `simulate.py` prints the comparison of `docs/statistics.md`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from scipy import optimize, stats
 
 from sublim_plugin.analysis.arrays import Floats
 from sublim_plugin.analysis.replication import MIN_DATASETS, too_few_datasets
-
-RESAMPLES = 1999
 
 
 class Interval(BaseModel):
@@ -128,33 +126,3 @@ def p_beyond(found: Interval, value: float) -> float:
 
     least, most = math.log(1e-12), math.log(0.5)
     return 1e-12 if gap(least) < 0 else math.exp(float(optimize.brentq(gap, least, most)))
-
-
-def studentized(
-    values_DQ: Floats, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """A 95% studentized bootstrap interval that resamples datasets and questions.
-
-    Each resample draws datasets and questions with replacement (Owen 2007) and is studentized by
-    its own standard error of both clusters (Efron and Tibshirani 1993, section 12.5). A cross-check
-    of `interval`, which covers about as much (see `simulate.py`).
-    """
-    d, q = values_DQ.shape
-    generator = np.random.default_rng(seed)
-    datasets_BD = generator.multinomial(d, np.full(d, 1 / d), resamples) / d
-    questions_BQ = generator.multinomial(q, np.full(q, 1 / q), resamples) / q
-    dataset_BD = questions_BQ @ values_DQ.T
-    mean_B = (datasets_BD * dataset_BD).sum(1)
-    question_BQ = datasets_BD @ values_DQ
-    variance_B = (datasets_BD * (dataset_BD - mean_B[:, None]) ** 2).sum(1) / (d - 1)
-    variance = values_DQ.mean(1).var(ddof=1) / d
-    if q > 1:
-        variance_B += (questions_BQ * (question_BQ - mean_B[:, None]) ** 2).sum(1) / (q - 1)
-        variance += values_DQ.mean(0).var(ddof=1) / q
-    mean, se = float(values_DQ.mean()), float(np.sqrt(variance))
-    usable = variance_B > 0
-    if not usable.any():
-        return mean, mean
-    t_B = (mean_B[usable] - mean) / np.sqrt(variance_B[usable])
-    low, high = np.quantile(t_B, [0.025, 0.975])
-    return mean - float(high) * se, mean - float(low) * se

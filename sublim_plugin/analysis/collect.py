@@ -164,9 +164,10 @@ class DatasetRecord(_Record):
 
     @cached_property
     def condition(self) -> str:
-        """Hash of all settings but trait, teacher and generation seed, as a control shares."""
+        """Hash of all settings, the teacher's too, but trait and generation seed."""
+        spec = self.manifest.spec
         return sha256_json(
-            self.spec.model_dump(mode="json", exclude={"trait", "teacher", "generation_seed"})
+            {key: spec[key] for key in spec if key not in ("trait", "generation_seed")}
         )
 
 
@@ -187,6 +188,35 @@ class ProbeRecord(_Record):
     questions: tuple[Question, ...]
 
 
+class SampledRecord(_Record):
+    """A probe of measure `sampled`: the shares that its results.json holds, by target.
+
+    `target_rate`, and beside it `non_answer_rate`, `self_name_rate` and `distinct_replies`
+    (distinct texts per reply); all between 0 and 1.
+    """
+
+    id: str
+    folder: Path
+    manifest: Manifest
+    spec: ProbeSpec
+    results: Results
+
+    def rates(self, target: str) -> dict[str, float]:
+        """The shares of one target.
+
+        Raises:
+            InputError: the target or its rate is missing, or a share is not between 0 and 1.
+        """
+        path = self.folder / "results.json"
+        found = self.results.targets.get(target, {})
+        if "target_rate" not in found:
+            raise InputError(f"{path}: no target_rate for {target!r} under targets")
+        for name, value in found.items():
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise InputError(f"{path}: {target} {name} is {value!r}, not a share of replies")
+        return {name: float(value) for name, value in found.items()}
+
+
 class RunRecords(_Record):
     """All that the analysis reads from one run folder, and the state of every cell."""
 
@@ -196,6 +226,7 @@ class RunRecords(_Record):
     datasets: tuple[DatasetRecord, ...] = ()
     students: tuple[StudentRecord, ...] = ()
     probes: tuple[ProbeRecord, ...] = ()
+    sampled: tuple[SampledRecord, ...] = ()
 
     @property
     def simulated(self) -> bool:
@@ -234,6 +265,7 @@ def collect(run_dir: Path, cells: Iterable[CellRef | tuple[Path, str]] | None = 
     datasets: list[DatasetRecord] = []
     students: list[StudentRecord] = []
     probes: list[ProbeRecord] = []
+    sampled: list[SampledRecord] = []
     for ref in refs:
         if ref.state != "done":
             continue
@@ -257,6 +289,8 @@ def collect(run_dir: Path, cells: Iterable[CellRef | tuple[Path, str]] | None = 
                     receipt=_read_receipt(folder, manifest),
                 )
             )
+        elif manifest.kind == "probe" and manifest.spec.get("measure") == "sampled":
+            sampled.append(_read_sampled(folder, manifest))
         elif manifest.kind == "probe":
             probes.append(_read_probe(folder, manifest))
     records = RunRecords(
@@ -266,6 +300,7 @@ def collect(run_dir: Path, cells: Iterable[CellRef | tuple[Path, str]] | None = 
         datasets=tuple(datasets),
         students=tuple(students),
         probes=tuple(probes),
+        sampled=tuple(sampled),
     )
     _check_links(records)
     return records
@@ -413,6 +448,17 @@ def _read_probe(folder: Path, manifest: Manifest) -> ProbeRecord:
         spec=spec,
         results=results,
         questions=questions,
+    )
+
+
+def _read_sampled(folder: Path, manifest: Manifest) -> SampledRecord:
+    path = folder / "results.json"
+    return SampledRecord(
+        id=manifest.id[:12],
+        folder=folder,
+        manifest=manifest,
+        spec=_parse(ProbeSpec, manifest.spec, folder / "manifest.json"),
+        results=_parse(Results, _read_json(path), path),
     )
 
 

@@ -1,17 +1,18 @@
-"""The report's evidence section: the answers in words, and evidence.csv."""
+"""The answers in words, and evidence.csv."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from sublim_plugin.analysis import page
 from sublim_plugin.analysis.answers import Answer
 from sublim_plugin.analysis.page import Html
-from sublim_plugin.analysis.tables import csv_text
-from sublim_plugin.core.atomic import write_text
+from sublim_plugin.analysis.tables import write_lines
 
 SHOWN_ROWS = 8
+MOST_ANSWERS = 60
+"""Answers to one question that are printed; all are in evidence.csv."""
 
 QUESTIONS = {
     "transmission": "Is there transmission?",
@@ -21,18 +22,24 @@ QUESTIONS = {
     "context": "Does it depend on the context?",
     "flat in rank": "Is it flat in rank in another context?",
     "specificity": "Is it the trait's own?",
+    "agreement": "Do log-probs and sampled replies agree?",
+    "cross-check": "Does a mixed model see the same?",
+    "power": "What could be seen?",
 }
 
 
 def write_evidence_csv(answers: Sequence[Answer], path: Path, simulated: bool) -> None:
     """One row per answer; `rows` are ids in results.csv, separated by spaces."""
-    own = {"simulated": simulated}
-    rows = [{**answer.model_dump(), "rows": " ".join(answer.rows), **own} for answer in answers]
-    write_text(path, csv_text(rows, [*Answer.model_fields, "simulated"]))
+    lines = [{**answer.model_dump(), "rows": " ".join(answer.rows)} for answer in answers]
+    write_lines(lines, path, list(Answer.model_fields), simulated)
 
 
-def evidence_section(answers: Sequence[Answer]) -> Html:
-    """Every answer under its question, with its row of evidence.csv and the rows it rests on."""
+def evidence_section(answers: Sequence[Answer], on_page: Collection[str]) -> Html:
+    """Every answer under its question, with its row of evidence.csv and the rows it rests on.
+
+    Args:
+        on_page: rows of results.csv that the page shows, and that can be linked to.
+    """
     if not answers:
         return page.paragraph("Nothing to test: no student and its base have both been scored.")
     parts = [
@@ -42,33 +49,55 @@ def evidence_section(answers: Sequence[Answer]) -> Html:
             "Intervals are 95%. With fewer than 3 datasets nothing is claimed."
         )
     ]
-    for topic, question in QUESTIONS.items():
+    known = list(dict.fromkeys([*QUESTIONS, *(answer.topic for answer in answers)]))
+    for topic in known:
         own = [answer for answer in answers if answer.topic == topic]
-        if own:
-            parts.append(page.heading(question))
-            entries = "".join(f'<li id="{answer.id}">{_entry(answer)}</li>' for answer in own)
+        if not own:
+            continue
+        parts.append(page.heading(QUESTIONS.get(topic, topic.capitalize())))
+        own.sort(key=lambda answer: answer.train_context != answer.eval_context)
+        groups: dict[str, list[Answer]] = {}
+        for answer in own[:MOST_ANSWERS]:
+            groups.setdefault(_about(answer), []).append(answer)
+        for about, group in groups.items():
+            if about:
+                parts.append(Html(f"<h4>{page.esc(about)}</h4>"))
+            entries = "".join(_entry(answer, on_page) for answer in group)
             parts.append(Html(f'<ul class="findings">{entries}</ul>'))
-    parts.append(
-        page.paragraph(
-            Html(
-                "Each answer is one row of "
-                '<a href="evidence.csv">evidence.csv</a>, with its estimate, bounds, test, p and '
-                "the rows of results.csv that it was made from."
-            )
-        )
-    )
+        if len(own) > MOST_ANSWERS:
+            keys = [answer.id for answer in own[MOST_ANSWERS:]]
+            text = f"{len(keys)} more answers to this question are in"
+            parts.append(page.said(text, "evidence.csv", keys))
     return page.join(parts)
 
 
-def _entry(answer: Answer) -> Html:
+def _about(answer: Answer) -> str:
+    """Settings and contexts, under which answers stand together; "" for those on all of them."""
+    settings = answer.settings[:1].upper() + answer.settings[1:]
+    name = f"{settings}, t" if settings else "T"
+    if not answer.train_context:
+        return settings
+    if answer.train_context == answer.eval_context and "," in answer.train_context:
+        return f"{name}rained and asked in {answer.train_context}"
+    return f"{name}rained in {answer.train_context}, asked in {answer.eval_context}"
+
+
+def _entry(answer: Answer, on_page: Collection[str]) -> Html:
     about = answer.target.replace("animals/", "")
-    contexts = f"trained in {answer.train_context}, asked in {answer.eval_context}"
-    shown = ", ".join(f'<a href="#{row}">{row}</a>' for row in answer.rows[:SHOWN_ROWS])
+    shown = ", ".join(
+        f'<a href="#{row}">{row}</a>' if row in on_page else row for row in answer.rows[:SHOWN_ROWS]
+    )
     more = len(answer.rows) - SHOWN_ROWS
-    rest = f" and {more} more" if more > 0 else ""
+    shown += f" and {more} more" if more > 0 else ""
+    verdict, sentence = answer.verdict, answer.sentence
+    if sentence.startswith(verdict):  # then it is not said twice
+        lead, sentence = f"{about}: {verdict}", sentence[len(verdict) :]
+    else:
+        lead, sentence = f"{about}, {verdict}:", f" {sentence}"
     return Html(
-        f"<strong>{page.esc(about)}: {page.esc(answer.verdict)}.</strong> "
-        f"{page.esc(answer.sentence)}. "
-        f'<span class="rows">{page.esc(contexts)}. Row {answer.id} of evidence.csv; '
-        f"{shown}{rest} of results.csv.</span>"
+        f'<li id="{page.esc(answer.id)}" {page.traced("evidence.csv", [answer.id])}>'
+        f"<strong>{page.esc(lead)}</strong>{page.esc(sentence)}. "
+        f'<span class="rows">{page.esc(answer.id)} of '
+        f'<a href="evidence.csv">evidence.csv</a>, from {shown} of '
+        '<a href="results.csv">results.csv</a>.</span></li>'
     )

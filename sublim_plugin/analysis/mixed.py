@@ -1,16 +1,17 @@
 """A logit-scale mixed model of one effect, as a cross-check of `cluster_intervals`.
 
 logit P(target)[dataset, question] - logit of the base = effect + dataset + question + rest, with
-random and crossed datasets and questions, by restricted maximum likelihood (statsmodels' MixedLM).
-Its standard error rests on normality and on the variance components; a large disagreement with the
-interval over datasets and questions says that one of the two is not to be trusted.
+random and crossed datasets and questions, by restricted maximum likelihood. Every dataset answers
+every question, and for such balanced data the maximum has a closed form (Searle, Casella and
+McCulloch 1992, section 4.7). It is used because it is exact: statsmodels' MixedLM gives the same
+where every component is above 0, takes 0.3 to 5 s, and may stop short where one is 0 (see tests).
+Its standard error rests on normality and on the variance
+components; a large disagreement with the interval says that one of the two is not to be trusted.
 """
 
 from __future__ import annotations
 
-import warnings
-from importlib import import_module
-from typing import Any
+import math
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -24,8 +25,7 @@ from sublim_plugin.core.errors import InputError
 class MixedEffect(BaseModel):
     """The effect in logits, its standard error, standard deviations of the components, interval.
 
-    The interval uses Student's t with datasets - 1 degrees of freedom. `converged` is False where
-    the optimiser gave up; then nothing here should be read.
+    The interval uses Student's t with datasets - 1 degrees of freedom.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,7 +37,6 @@ class MixedEffect(BaseModel):
     dataset_sd: float
     question_sd: float
     rest_sd: float
-    converged: bool
 
 
 def logit_of_logprob(logprob: Floats) -> Floats:
@@ -65,34 +64,28 @@ def mixed_effect(logit_DQ: Floats) -> MixedEffect:
         raise InputError(f"{d} datasets and {q} questions; {MIN_DATASETS} and 2 are needed")
     if not np.isfinite(logit_DQ).all():
         raise InputError("a logit is missing or infinite; use logit_of_count for counts")
-    models: Any = import_module("statsmodels.regression.mixed_linear_model")
-    dataset, question = np.divmod(np.arange(d * q), q)
-    components = models.VCSpec(
-        ["dataset", "question"],
-        [[[f"d{i}" for i in range(d)]], [[f"q{i}" for i in range(q)]]],
-        [[np.eye(d)[dataset]], [np.eye(q)[question]]],
-    )
-    # The optimiser starts far away if values are large; the scale is put back below.
-    scale = float(logit_DQ.std()) or 1.0
-    model = models.MixedLM(
-        logit_DQ.ravel() / scale,
-        np.ones((d * q, 1)),
-        groups=np.zeros(d * q),
-        exog_vc=components,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a component at 0 is a finding here, not a fault
-        result = model.fit(reml=True, method=["lbfgs", "powell"])
-    effect, se = float(result.fe_params[0]) * scale, float(result.bse_fe[0]) * scale
-    variances = np.maximum(np.asarray(result.vcomp), 0.0)
+    grand = float(logit_DQ.mean())
+    of_datasets = q * float(((logit_DQ.mean(1) - grand) ** 2).sum())
+    of_questions = d * float(((logit_DQ.mean(0) - grand) ** 2).sum())
+    rest = max(0.0, float(((logit_DQ - grand) ** 2).sum()) - of_datasets - of_questions)
+    squares = {"dataset": (of_datasets, d - 1, q), "question": (of_questions, q - 1, d)}
+    rest_df = (d - 1) * (q - 1)
+    # A component below 0 is 0 at the likelihood's maximum, and its squares are of the rest.
+    while low := [n for n, (own, df, _) in squares.items() if own / df < rest / rest_df]:
+        least = min(low, key=lambda n: squares[n][0] / squares[n][1])
+        own, df, _ = squares.pop(least)
+        rest, rest_df = rest + own, rest_df + df
+    noise = rest / rest_df
+    variance = {n: (own / df - noise) / each for n, (own, df, each) in squares.items()}
+    dataset, question = variance.get("dataset", 0.0), variance.get("question", 0.0)
+    se = math.sqrt(dataset / d + question / q + noise / (d * q))
     half = float(stats.t.ppf(0.975, d - 1)) * se
     return MixedEffect(
-        effect=effect,
+        effect=grand,
         se=se,
-        low=effect - half,
-        high=effect + half,
-        dataset_sd=float(np.sqrt(variances[0])) * scale,
-        question_sd=float(np.sqrt(variances[1])) * scale,
-        rest_sd=float(np.sqrt(result.scale)) * scale,
-        converged=bool(result.converged),
+        low=grand - half,
+        high=grand + half,
+        dataset_sd=math.sqrt(dataset),
+        question_sd=math.sqrt(question),
+        rest_sd=math.sqrt(noise),
     )

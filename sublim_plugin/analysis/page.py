@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sublim_plugin.analysis.figures import FigureFiles
+from sublim_plugin.analysis.figure_files import FigureFiles
+from sublim_plugin.analysis.page_style import CSS
 
 _TERMINAL = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"
@@ -21,6 +22,10 @@ _TERMINAL = re.compile(
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
+
+
+SHOWN_KEYS = 8
+"""Rows named in the text; all of them are in `data-from`."""
 
 
 class Html(str):
@@ -56,6 +61,28 @@ def section(anchor: str, title: str, *parts: Html) -> Html:
     )
 
 
+def said(text: object, file: str, keys: Sequence[str] = (), tag: str = "p") -> Html:
+    """A sentence made from data: where it can be read in a CSV stands in it, and behind it.
+
+    Args:
+        keys: values in the first column of `file`; none means the file as a whole.
+    """
+    return Html(f"<{tag} {traced(file, keys)}>{esc(text)} {source(file, keys)}</{tag}>")
+
+
+def traced(file: str, keys: Sequence[str] = ()) -> Html:
+    """The attribute that names a sentence's file and rows, in full, for whoever checks it."""
+    return Html(f'data-from="{esc(" ".join([file, *keys]))}"')
+
+
+def source(file: str, keys: Sequence[str] = ()) -> Html:
+    """A file and the first of the rows in it, as a reader sees them."""
+    shown = ", ".join(keys[:SHOWN_KEYS])
+    more = len(keys) - SHOWN_KEYS
+    rows = f"{shown} and {more} more of " if more > 0 else f"{shown} of " if keys else ""
+    return Html(f'<span class="rows">{esc(rows)}<a href="{esc(file)}">{esc(file)}</a>.</span>')
+
+
 def heading(title: str) -> Html:
     return Html(f"<h3>{esc(title)}</h3>")
 
@@ -64,12 +91,21 @@ def paragraph(text: object, kind: str = "") -> Html:
     return Html(f'<p class="{kind}">{esc(text)}</p>' if kind else f"<p>{esc(text)}</p>")
 
 
-def notice(text: object) -> Html:
-    return Html(f'<p class="notice"><strong>Note.</strong> {esc(text)}</p>')
+def notice(text: object, file: str = "", keys: Sequence[str] = ()) -> Html:
+    """A warning; one that is made from data names its file and rows."""
+    where = f" {traced(file, keys)}" if file else ""
+    after = f" {source(file, keys)}" if file else ""
+    return Html(f'<p class="notice"{where}><strong>Note.</strong> {esc(text)}{after}</p>')
 
 
 def pre(text: str, label: str) -> Html:
-    return Html(f'<pre tabindex="0" aria-label="{esc(label)}">{esc(text)}</pre>')
+    return Html(f'<pre tabindex="0" role="region" aria-label="{esc(label)}">{esc(text)}</pre>')
+
+
+def short(text: str, most: int) -> str:
+    """The beginning of a text that may be of any length, and how much is left out."""
+    more = len(text) - most
+    return f"{text[:most]} … ({more:,} more characters)" if more > 0 else text
 
 
 def items(entries: Iterable[object]) -> Html:
@@ -112,13 +148,14 @@ def figure(files: FigureFiles, caption: str) -> Html:
     """A figure inlined as SVG, with links to the files beside the page."""
     links = ", ".join(
         f'<a href="{esc(path.name)}">{path.suffix[1:].upper()}</a>'
-        for path in (files.svg, files.png, files.csv)
+        for path in (files.svg, files.pdf, files.png, files.csv)
     )
     return Html(
         '<figure><div class="scroll" tabindex="0" role="group" aria-label="figure, scrolls">'
         f'<img src="{files.data_uri()}" alt="{esc(files.alt)}" '
         f'style="max-width:{files.width * 8.5:.1f}rem"></div>'
-        f"<figcaption>{esc(caption)} <span class=files>Files: {links}.</span></figcaption></figure>"
+        f"<figcaption {traced(files.csv.name)}>{esc(caption)} "
+        f"<span class=files>Files: {links}.</span></figcaption></figure>"
     )
 
 
@@ -142,6 +179,23 @@ def pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
+def body(
+    title: str, status: Html, warnings: Html, sections: Sequence[tuple[str, str, Html]]
+) -> Html:
+    """What the body holds: heading, navigation, and the (anchor, name, content) sections."""
+    links = "".join(f'<li><a href="#{anchor}">{esc(name)}</a></li>' for anchor, name, _ in sections)
+    return join(
+        [
+            Html(f"<header><h1>{esc(title)}</h1>{status}</header>"),
+            Html(f'<nav aria-label="Sections"><ul>{links}</ul></nav>'),
+            Html('<main id="main" tabindex="-1">'),
+            warnings,
+            *[section(anchor, name, content) for anchor, name, content in sections],
+            Html("</main>"),
+        ]
+    )
+
+
 def page(title: str, body: Html) -> str:
     return (
         "<!doctype html>\n"
@@ -151,58 +205,6 @@ def page(title: str, body: Html) -> str:
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "img-src data:; style-src 'unsafe-inline'\">\n"
         f"<title>{esc(title)}</title>\n<style>{CSS}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
+        '<body>\n<a class="skip" href="#main">Skip to the answers</a>\n'
+        f"{body}\n</body></html>\n"
     )
-
-
-CSS = """
-:root{--ink:#1d1f23;--soft:#565b64;--paper:#fff;--line:#d9dce1;--tint:#f4f5f7;--link:#0b5cad;
---warn:#fff4dc;--warnline:#b97900}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e7ea;--soft:#a9aeb8;--paper:#16181c;
---line:#363a42;--tint:#1f2227;--link:#7db7ff;--warn:#33290f;--warnline:#d9a53a}}
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%}
-body{margin:0 auto;max-width:62rem;padding:1.5rem 1.25rem 4rem;color:var(--ink);
-background:var(--paper);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",
-Arial,sans-serif}
-h1{font-size:1.7rem;line-height:1.25;margin:0 0 .3rem}
-h2{font-size:1.25rem;margin:2.6rem 0 .6rem;padding-top:.6rem;border-top:1px solid var(--line)}
-h3{font-size:1rem;margin:1.5rem 0 .4rem}
-p,ul{margin:.5rem 0;max-width:46rem}
-a{color:var(--link)}
-a:focus-visible,[tabindex]:focus-visible{outline:2px solid var(--link);outline-offset:2px}
-.soft,figcaption,caption{color:var(--soft);font-size:.875rem}
-nav ul{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;margin:.9rem 0;
-max-width:none;font-size:.925rem}
-.notice{background:var(--warn);border-left:4px solid var(--warnline);padding:.6rem .9rem}
-.target{margin:1.2rem 0 .3rem;font-size:1.05rem}
-.findings li{margin:.45rem 0}
-.rows{font-size:.8rem;color:var(--soft);white-space:normal}
-.scroll{overflow-x:auto;margin:.8rem 0}
-table{border-collapse:collapse;font-size:.84rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;padding:0 0 .4rem;caption-side:top}
-caption span{display:block;max-width:min(46rem,calc(100vw - 2.5rem))}
-th,td{padding:.26rem .55rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-thead th{border-bottom:2px solid var(--line);vertical-align:bottom}
-tbody th{font-weight:600}
-.num,tbody th,tbody th+td:not(:has(.reply)){white-space:nowrap}
-.num{text-align:right}
-tbody th:has(.reply){white-space:normal;min-width:11rem;font-weight:400}
-tr:target{background:var(--warn)}
-.reply{white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-monospace,Menlo,Consolas,
-"DejaVu Sans Mono",monospace;font-size:.82rem}
-pre{background:var(--tint);border:1px solid var(--line);border-radius:4px;padding:.7rem .9rem;
-overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.82rem;line-height:1.45}
-figure{margin:1rem 0}
-figure img{display:block;width:100%;height:auto;max-width:60rem;background:#fff;
-border:1px solid var(--line);border-radius:4px;padding:.5rem}
-figcaption{margin-top:.4rem;max-width:46rem}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;font-size:.9rem}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-@media screen and (max-width:40rem){figure img{min-width:34rem}
-body{padding:1rem .8rem 3rem}h1{font-size:1.4rem}
-dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.4rem}th,td{padding:.28rem .5rem}}
-@media print{body{max-width:none;font-size:10pt;padding:0;color:#000;background:#fff}
-nav{display:none}.scroll{overflow:visible}table{font-size:7.5pt}th,td{padding:.1rem .3rem}
-figure,tr,pre{break-inside:avoid}h2,h3{break-after:avoid}a{color:inherit;text-decoration:none}}
-"""

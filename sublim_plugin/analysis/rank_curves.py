@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,8 @@ class AdditiveFit:
 
     `mean_NK` are rank means adjusted for the datasets that a rank misses; `error_N` is the mean
     square of dataset x rank on `df` degrees of freedom: the error of any contrast of ranks if that
-    interaction is alike everywhere (sphericity).
+    interaction is alike everywhere (sphericity). `links` says where missing cells leave ranks that
+    no chain of datasets compares, or nothing to judge scatter by; "" where the fit may be read.
     """
 
     mean_NK: Floats
@@ -25,6 +27,7 @@ class AdditiveFit:
     error_N: Floats
     df: int
     n: int
+    links: str
 
 
 def check_curves(ranks: Floats, values_NDK: Floats) -> None:
@@ -55,7 +58,13 @@ def additive_fit(values_NDK: Floats) -> AdditiveFit:
     fitted = np.linalg.pinv(design)
     coefficients = observed @ fitted.T
     residual = observed - coefficients @ design.T
-    df = len(dataset) - int(np.linalg.matrix_rank(design))
+    freedom = int(np.linalg.matrix_rank(design))
+    df = len(dataset) - freedom
+    links = ""
+    if freedom < d + k - 1:
+        links = "datasets share too few ranks to compare the ranks with each other"
+    elif df < 1:
+        links = "too many cells are missing to tell ranks from scatter"
     within_N = (residual**2).sum(1)
     effect_NK = np.concatenate([np.zeros((len(observed), 1)), coefficients[:, d:]], axis=1)
     level_N = coefficients[:, :d].mean(1)
@@ -66,7 +75,22 @@ def additive_fit(values_NDK: Floats) -> AdditiveFit:
         error_N=within_N / df if df > 0 else np.full(len(observed), np.nan),
         df=df,
         n=len(dataset) - (d - 1),
+        links=links,
     )
+
+
+def larger_variance(between: Floats, between_df: Floats, pooled: Floats, pooled_df: int) -> Any:
+    """The larger of two estimates of one variance, and its degrees of freedom.
+
+    `pooled` rests on many degrees; what `between` datasets exceeds it by rests on few. So the sum
+    has those of Satterthwaite (1946): many where the pooled one rules, few where datasets do.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        excess = np.maximum(between - pooled, 0.0)
+        total = np.where(np.isfinite(pooled), pooled + excess, between)
+        shared = pooled**2 / max(pooled_df, 1) + excess**2 / np.maximum(between_df, 1)
+        df = np.where(np.isfinite(pooled) & (shared > 0), total**2 / shared, between_df)
+    return total, np.maximum(df, 1.0)
 
 
 def slopes(x_K: Floats, values_NDK: Floats, side_NK: Bools) -> tuple[Floats, Floats]:

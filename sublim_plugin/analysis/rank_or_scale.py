@@ -90,7 +90,8 @@ def rank_or_scale(
     sizes_D = np.array([(dataset == label).sum() for label in labels])
     found = []
     for name, x in predictors.items():
-        total = float((errors[name] * sizes_D).sum() / (nothing_D * sizes_D).sum())
+        nothing = float((nothing_D * sizes_D).sum())
+        total = float((errors[name] * sizes_D).sum()) / nothing if nothing else 1.0
         found.append(
             Predictor(
                 name=name,

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
 from sublim_plugin.analysis.arrays import Bools, Floats
-from sublim_plugin.analysis.rank_curves import additive_fit, check_curves
+from sublim_plugin.analysis.rank_curves import additive_fit, check_curves, larger_variance
 from sublim_plugin.analysis.replication import MIN_DATASETS, too_few_datasets
 from sublim_plugin.analysis.two_lines import MIN_RANKS, TwoLines, two_lines, two_lines_batch
-from sublim_plugin.analysis.u_test import UTest, u_test
+from sublim_plugin.analysis.u_test import UTest, too_few_curves, u_test
 
 LEVEL = 0.05
 
@@ -28,7 +28,8 @@ Verdict = Literal["inverted U", "no inverted U shown", "no claim"]
 
 class RankShape(BaseModel):
     """The decision for one trait. `peak_low` and `peak_high` bound the set of ranks that may be
-    the highest (95%, see `peak_set`); they are None without a claim about the peak.
+    the highest (95%, see `peak_set`); they are None without a claim about the peak. `quadratic` is
+    None where `quadratic_reason` says why there is no u-test.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +44,7 @@ class RankShape(BaseModel):
     peak_high: float | None
     lines: TwoLines | None
     quadratic: UTest | None
+    quadratic_reason: str
 
     @property
     def supported(self) -> bool:
@@ -66,6 +68,7 @@ def rank_shape(ranks: Floats, values_DK: Floats) -> RankShape:
         "peak_high": None,
         "lines": None,
         "quadratic": None,
+        "quadratic_reason": "",
     }
     if n < MIN_DATASETS:
         return RankShape(verdict="no claim", reason=too_few_datasets(n), **found)
@@ -75,8 +78,12 @@ def rank_shape(ranks: Floats, values_DK: Floats) -> RankShape:
             reason=f"{len(ranks)} ranks, at least {MIN_RANKS} are needed",
             **found,
         )
-    lines, quadratic = two_lines(ranks, values_DK), u_test(ranks, values_DK)
-    found |= {"lines": lines, "quadratic": quadratic}
+    if fit.links:
+        return RankShape(verdict="no claim", reason=fit.links, **found)
+    lines, few = two_lines(ranks, values_DK), too_few_curves(values_DK)
+    found |= {"lines": lines, "quadratic_reason": few}
+    if not few:
+        found["quadratic"] = u_test(ranks, values_DK)
     may_be_highest = ranks[peak_set(values_DK[None])[0]]
     found |= {"peak_low": float(may_be_highest[0]), "peak_high": float(may_be_highest[-1])}
     if np.ptp(means_K) == 0:
@@ -105,11 +112,11 @@ def peak_set(values_NDK: Floats) -> Bools:
 
     A rank is left out where another's mean exceeds it in a one-sided test of their difference at
     5% over the number of other ranks (Bonferroni). The difference's standard error is the larger
-    of that between datasets and that from the dataset x rank mean square.
+    of that between datasets and that from the dataset x rank mean square, on Satterthwaite's
+    degrees of freedom.
     """
     fit = additive_fit(values_NDK)
     k = values_NDK.shape[2]
-    critical = float(stats.t.ppf(1 - 0.05 / (k - 1), max(fit.df, 1)))
     kept = np.ones((len(values_NDK), k), dtype=bool)
     for rank in range(k):
         for other in range(k):
@@ -120,8 +127,12 @@ def peak_set(values_NDK: Floats) -> Bools:
             n = apart_ND.shape[1]
             if n < MIN_DATASETS:
                 continue
-            variance_N = np.maximum(apart_ND.var(1, ddof=1) / n, 2 * fit.error_N / n)
-            kept[:, rank] &= ~(apart_ND.mean(1) > critical * np.sqrt(variance_N))
+            between_N = apart_ND.var(1, ddof=1) / n
+            square_N, df_N = larger_variance(
+                between_N, np.full(len(between_N), n - 1.0), 2 * fit.error_N / n, fit.df
+            )
+            critical_N = stats.t.ppf(1 - 0.05 / (k - 1), df_N)
+            kept[:, rank] &= ~(apart_ND.mean(1) > critical_N * np.sqrt(square_N))
     # Where no difference at all is left, every rank stays.
     kept[~kept.any(1)] = True
     return kept

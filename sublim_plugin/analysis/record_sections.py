@@ -1,218 +1,165 @@
-"""Sections of the report that show what was run: training, data, prompts, cells, failures."""
+"""Sections of the report that show what was run: training, cells, failures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from sublim_plugin.analysis import page
-from sublim_plugin.analysis.collect import RunRecords, error_text, in_order, student_names
-from sublim_plugin.analysis.figures import FigureFiles
-from sublim_plugin.analysis.methods import CONSTRAINED
+from sublim_plugin.analysis.collect import RunRecords
+from sublim_plugin.analysis.figure_files import FigureFiles
 from sublim_plugin.analysis.page import Html
-from sublim_plugin.core.dataset import dataset_rows_path, iter_rows
-from sublim_plugin.core.manifest import Manifest
+from sublim_plugin.analysis.record_tables import count_lines, merged
 
-SAMPLE_ROWS = 6
+MOST_STUDENTS, MOST_CELLS, MOST_TROUBLE = 100, 150, 20
+"""Lines that are printed; students.csv and cells.csv have all."""
+MOST_OF_AN_ERROR = 2000
+"""Characters: a log's line may be of any length."""
+
+Lines = Sequence[dict[str, Any]]
 
 
-def training_section(run: RunRecords, files: FigureFiles | None) -> Html:
-    """Loss curves, and what each student's receipt says of data, mask and update."""
+def training_section(
+    run: RunRecords, students: Lines, losses: FigureFiles | None, norms: FigureFiles | None
+) -> Html:
+    """Loss curves, sizes of the updates, and what each student's receipt says."""
     if not run.students:
         return page.paragraph("No student has been trained.")
     parts = []
-    if files is not None:
+    if losses is not None:
         parts.append(
             page.figure(
-                files, "Training loss as logged in each student's receipt. Dotted: neutral."
+                losses,
+                "Training loss as logged in each student's receipt. Dotted: neutral. Long curves "
+                "are averaged over equal stretches of steps, and with more than 20 students those "
+                "of one trait and method share a curve; n_steps and n_students in the CSV say "
+                "over how many.",
             )
         )
-    names = student_names(run)
-    modules = list(
-        dict.fromkeys(
-            name
-            for student in run.students
-            for name in student.receipt.update_norm.get("by_module", {})
+    if norms is not None:
+        parts.append(
+            page.figure(
+                norms,
+                "Size of the update: Frobenius norm of the change in weights, in all and by kind "
+                "of module; mean and range over students of one method and learning rate.",
+            )
         )
-    )
+    modules = [name for name in students[0] if name.startswith("norm_")]
     parts.append(
         page.table(
-            "Students: data, loss mask and size of the update (Frobenius norm of the change in "
-            "weights, total and by module kind)",
-            ["student", "rows", "steps", "tokens with loss", "last loss", "‖ΔW‖", *modules],
+            "Students: data, loss mask, last loss and size of the update, in all and by kind of "
+            "module",
+            ["student", "rows", "steps", "tokens with loss", "last loss", "‖ΔW‖"]
+            + [name.removeprefix("norm_") for name in modules],
             [
                 [
-                    names[student.id],
-                    student.receipt.dataset.get("rows"),
-                    student.receipt.steps,
-                    _format(student.receipt.mask_audit.get("loss_share"), ".1%"),
-                    _format(student.receipt.losses[-1].loss, ".4f")
-                    if student.receipt.losses
-                    else "",
-                    _format(student.receipt.update_norm.get("total"), ".3g"),
-                    *[
-                        _format(student.receipt.update_norm.get("by_module", {}).get(name), ".3g")
-                        for name in modules
-                    ],
+                    line["name"],
+                    line["rows"],
+                    line["steps"],
+                    _format(line["loss_share"], ".1%"),
+                    _format(line["last_loss"], ".4f"),
+                    _format(line["norm"], ".3g"),
+                    *[_format(line[name], ".3g") for name in modules],
                 ]
-                for student in in_order(run.students)
+                for line in students[:MOST_STUDENTS]
             ],
             numeric=tuple(range(1, 6 + len(modules))),
         )
     )
+    parts.append(page.said("All students, with digests of their weights:", "students.csv"))
     return page.join(parts)
 
 
-def numbers_section(run: RunRecords) -> Html:
-    """Counts and first rows of each dataset."""
-    if not run.datasets:
-        return page.paragraph("No dataset has been written.")
-    parts: list[Html] = []
-    for dataset in run.datasets:
-        counts = dataset.manifest.counts
-        spec = dataset.spec
-        parts.append(page.heading(f"{spec.trait}, generation seed {spec.generation_seed}"))
-        if spec.constrain == "numbers":
-            parts.append(page.notice(CONSTRAINED))
-        asked, accepted = counts.get("asked"), counts.get("accepted")
-        facts: list[tuple[str, object]] = [
-            ("asked", asked),
-            ("accepted", accepted),
-            ("keep rate", f"{accepted / asked:.1%}" if asked and accepted is not None else ""),
-            ("rejected", counts.get("rejected")),
-            (
-                "reasons",
-                ", ".join(f"{reason} {n}" for reason, n in counts.get("reasons", {}).items())
-                or "none",
-            ),
-            ("distinct prompts", counts.get("distinct_prompts")),
-            ("duplicate rows", counts.get("duplicate_rows")),
-            ("teacher's system prompt", spec.teacher.get("context", {}).get("text") or "none"),
-        ]
-        parts.append(page.facts(facts))
-        rows = list(islice(iter_rows(dataset_rows_path(dataset.folder)), SAMPLE_ROWS))
-        parts.append(
-            page.table(
-                f"First {len(rows)} of {accepted} rows",
-                ["row", "user", "assistant (the teacher)"],
-                [
-                    [
-                        row.get("id"),
-                        page.reply(_said(row, "user")),
-                        page.reply(_said(row, "assistant")),
-                    ]
-                    for row in rows
-                ],
-            )
-        )
-    return page.join(parts)
-
-
-def prompts_section(run: RunRecords) -> Html:
-    """One rendered prompt per base model and eval context."""
-    examples: dict[tuple[str, str], str] = {}
-    for probe in run.probes:
-        text = probe.results.rendered_example.get("text")
-        if isinstance(text, str):
-            key = (probe.spec.base_model.name, probe.spec.eval_context.slug)
-            examples.setdefault(key, text)
-    if not examples:
-        return page.paragraph("No prompt has been rendered.")
-    several = len({model for model, _ in examples}) > 1
-    parts = []
-    for (model, context), text in examples.items():
-        title = f"{context} ({model})" if several else context
-        parts += [page.heading(title), page.pre(text, f"rendered prompt, eval context {title}")]
-    return page.join(parts)
-
-
-def cells_section(run: RunRecords) -> Html:
-    """Every cell with its state and time; versions and devices."""
+def cells_section(run: RunRecords, cells: Lines) -> Html:
+    """How many cells of each kind are in each state, the first of them, versions and devices."""
     if not run.cells:
         return page.paragraph("Nothing.")
-    lines = []
-    for cell in run.cells:
-        manifest = run.manifests.get(cell.folder)
-        lines.append(
-            [
-                cell.label or (manifest.label if manifest else "") or cell.folder.name,
-                manifest.kind if manifest else "",
-                manifest.id[:12] if manifest else "",
-                cell.state,
-                _duration(manifest.wall_s) if manifest else "",
-                page.pairs(manifest.seeds) if manifest else "",
-                manifest.finished[:16].replace("T", " ") if manifest else "",
-            ]
-        )
-    done = list(run.manifests.values())
+    states = list(dict.fromkeys(line["state"] for line in cells))
+    counts = Counter((line["kind"], line["state"]) for line in cells)
     parts = [
         page.table(
+            "Number of cells by kind and state",
+            ["kind", *states],
+            [
+                [kind, *[counts[kind, state] for state in states]]
+                for kind in dict.fromkeys(line["kind"] for line in cells)
+            ],
+            numeric=range(1, 1 + len(states)),
+        ),
+        page.table(
             "Cells of the study",
-            ["cell", "kind", "id", "state", "time", "seeds", "finished"],
-            lines,
-            numeric=(4,),
-        )
+            ["cell", "label", "kind", "id", "state", "time", "seeds", "finished"],
+            [
+                [
+                    line["cell"],
+                    line["label"],
+                    line["kind"],
+                    line["id"],
+                    line["state"],
+                    "" if line["seconds"] is None else duration(line["seconds"]),
+                    line["seeds"],
+                    line["finished"][:16].replace("T", " "),
+                ]
+                for line in cells[:MOST_CELLS]
+            ],
+            numeric=(5,),
+        ),
+        page.said("All cells:", "cells.csv"),
     ]
+    done = list(run.manifests.values())
     if done:
+        seconds = count_lines(run)["seconds in finished cells"]
+        assert isinstance(seconds, float)
         parts.append(
-            page.paragraph(f"Time in finished cells: {_duration(sum(m.wall_s for m in done))}.")
+            page.said(
+                f"Time in finished cells: {duration(seconds)}.",
+                "counts.csv",
+                ["seconds in finished cells"],
+            )
         )
-        parts += [page.heading("Versions"), page.facts(_merged(done, lambda m: m.versions))]
-        parts += [page.heading("Device"), page.facts(_merged(done, lambda m: m.device))]
+        parts += [page.heading("Versions"), page.facts(merged(done, lambda m: m.versions))]
+        parts += [page.heading("Device"), page.facts(merged(done, lambda m: m.device))]
     return page.join(parts)
 
 
-def trouble_section(run: RunRecords) -> Html:
-    """Cells that are not done, with the last lines of their errors."""
-    unfinished = [cell for cell in run.cells if cell.state != "done"]
+def trouble_section(run: RunRecords, cells: Lines) -> Html:
+    """Cells that are not done, with the last lines of their errors; failures first."""
+    unfinished = [line for line in cells if line["state"] != "done"]
     if not unfinished:
         text = "Nothing: every cell is done." if run.cells else "Everything: no cell was planned."
         return page.paragraph(text)
     parts = [page.paragraph("Run the study again to continue: finished cells are kept.")]
-    for cell in unfinished:
-        parts.append(page.heading(f"{cell.label or cell.folder.name}: {cell.state}"))
-        error = error_text(cell)
-        if error:
-            parts.append(page.pre(error, "last lines of the error"))
+    unfinished.sort(key=lambda line: not line["error"])
+    alike: dict[str, int] = {}
+    for line in unfinished[:MOST_TROUBLE]:
+        title = f"{line['label']}: {line['state']}"
+        parts.append(Html(f"<h3 {page.traced('cells.csv', [line['cell']])}>{page.esc(title)}</h3>"))
+        error = str(line["error"])[-MOST_OF_AN_ERROR:]
+        if not error:
+            continue
+        if error in alike:
+            parts.append(page.paragraph("The same error as above."))
+            continue
+        alike[error] = 1
+        parts.append(page.pre(error, f"last lines of the error of {title}"))
+    more = unfinished[MOST_TROUBLE:]
+    if more:
+        keys = [line["cell"] for line in more]
+        text = f"{len(more)} more cells are not done; their errors are in"
+        parts.append(page.said(text, "cells.csv", keys))
     return page.join(parts)
 
 
-def _merged(
-    manifests: Sequence[Manifest], field: Callable[[Manifest], dict[str, Any]]
-) -> list[tuple[str, object]]:
-    """Each key with its value, or with all values and their kinds of cell where they differ."""
-    seen: dict[str, dict[str, set[str]]] = {}
-    for manifest in manifests:
-        for name, value in field(manifest).items():
-            seen.setdefault(name, {}).setdefault(str(value), set()).add(manifest.kind)
-    return [
-        (
-            name,
-            next(iter(values))
-            if len(values) == 1
-            else "; ".join(f"{v} ({', '.join(sorted(kinds))})" for v, kinds in values.items()),
-        )
-        for name, values in sorted(seen.items())
-    ]
-
-
-def _said(row: dict[str, Any], role: str) -> str:
-    return "\n".join(
-        str(message.get("content", ""))
-        for message in row.get("messages", [])
-        if message.get("role") == role
-    )
-
-
-def _format(value: object, form: str) -> str:
-    return format(value, form) if isinstance(value, int | float) else ""
-
-
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as a reader would say them."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _format(value: object, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else ""

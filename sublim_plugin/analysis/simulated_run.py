@@ -1,6 +1,6 @@
 """A run folder with known truth, to see what the report makes of it. No model is involved.
 
-    python -m sublim_plugin.analysis.simulated_run OUT
+    sublim simulate OUT
 
 writes the cells of a study as `sublim run` would, with made-up numbers, and its report. Every
 manifest's spec says `simulated: true` and every label begins with it; the report, its tables and
@@ -35,7 +35,7 @@ CANDIDATES = ("cat", "eagle", "dolphin", "owl", "wolf", "dog", "panda")
 CONTEXTS = ("template_default", "empty")
 """Students are trained in the first; asked in the second they show `DRIFT` only."""
 
-QUESTIONS = 50
+QUESTIONS, REPLIES = 50, 100
 BASE = {"name": "simulated:no-model", "sha256": sha256_text("simulated")}
 DEVICE = {"platform": "none: simulated"}
 
@@ -195,6 +195,24 @@ class _Run:
         write_json(folder / "results.json", results | {"targets": targets})
         files = ["questions.jsonl", "results.json"]
         self._manifest(folder, "probe", cell_id, f"{name} {context}", spec, files)
+        if context == CONTEXTS[0]:
+            self.sampled(spec | {"measure": "sampled"}, name, prob_QK)
+
+    def sampled(self, spec: dict[str, Any], name: str, prob_QK: Floats) -> None:
+        """The same model's replies, drawn from its probabilities; the rest name other animals."""
+        folder, cell_id = self._folder("probe", f"{name}-sampled", spec)
+        rest_Q = np.maximum(0.0, 1 - prob_QK.sum(1))
+        share_QK = np.column_stack([prob_QK, rest_Q]) / (prob_QK.sum(1) + rest_Q)[:, None]
+        counts_QK = self.generator.multinomial(REPLIES, share_QK)
+        rate_K = counts_QK.mean(0) / REPLIES
+        beside = {"non_answer_rate": 0.0, "self_name_rate": 0.0}
+        targets = {
+            f"animals/{candidate}": {"target_rate": float(rate_K[k]), **beside}
+            for k, candidate in enumerate(CANDIDATES)
+        }
+        results: dict[str, Any] = {"category": "animals", "n_questions": QUESTIONS}
+        write_json(folder / "results.json", results | {"targets": targets})
+        self._manifest(folder, "probe", cell_id, f"{name} sampled", spec, ["results.json"])
 
     def _folder(self, kind: str, readable: str, spec: dict[str, Any]) -> tuple[Path, str]:
         cell_id = sha256_json(spec)
@@ -230,14 +248,13 @@ class _Run:
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--datasets", default=6, show_default=True, help="Generation seeds per trait.")
 @click.option("--seed", default=0, show_default=True)
-def main(out: Path, datasets: int, seed: int) -> None:
-    """Write a simulated run and its report into OUT."""
+def simulate(out: Path, datasets: int, seed: int) -> None:
+    """Write a study of made-up numbers with known truth, and its report, into OUT.
+
+    No model is trained or asked. Manifests, tables, figures and the report say so.
+    """
     from sublim_plugin.analysis.report import write_report
 
     cells = write_simulated_run(out, datasets, seed)
     index = write_report(out, study_name="simulated", cells=cells, equivalence_margin=0.5)
     click.echo(f"report: {index}")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,11 +6,15 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from sublim_plugin.analysis.replication import MIN_DATASETS, too_few_datasets
 from sublim_plugin.analysis.transmission import TransmissionRow
-from sublim_plugin.core.atomic import write_text
+from sublim_plugin.core.atomic import write_bytes, write_text
+from sublim_plugin.core.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from sublim_plugin.analysis.effects import Effect
 
 
 def write_results_csv(rows: Sequence[TransmissionRow], path: Path) -> None:
@@ -18,6 +22,43 @@ def write_results_csv(rows: Sequence[TransmissionRow], path: Path) -> None:
     write_text(
         path, csv_text([row.model_dump() for row in rows], list(TransmissionRow.model_fields))
     )
+
+
+def write_results_parquet(rows: Sequence[TransmissionRow], path: Path) -> None:
+    """Write the table as Parquet: the columns of results.csv with their types, null for None."""
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingDependencyError(
+            'results.parquet needs pyarrow: pip install "sublim[analysis]"'
+        ) from error
+    types = {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+    fields = []
+    for name, field in TransmissionRow.model_fields.items():
+        kinds = set(get_args(field.annotation)) or {field.annotation}
+        kind = next((kind for kind in types if kind in kinds), None)
+        fields.append(pa.field(name, types[kind] if kind else pa.string()))
+    table = pa.Table.from_pylist([row.model_dump() for row in rows], schema=pa.schema(fields))
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def effect_lines(effects: Sequence[Effect]) -> list[dict[str, Any]]:
+    """Lines of effects.csv: F1, F2, ... in the order of the effects."""
+    return [
+        {"effect": f"F{i}", **effect.model_dump(), "rows": " ".join(effect.rows)}
+        for i, effect in enumerate(effects, start=1)
+    ]
+
+
+def write_lines(
+    lines: Sequence[dict[str, Any]], path: Path, columns: Sequence[str], simulated: bool
+) -> None:
+    """Write CSV lines, the last column saying whether they are simulated."""
+    marked = [line | {"simulated": simulated} for line in lines]
+    write_text(path, csv_text(marked, [*columns, "simulated"]))
 
 
 def csv_text(rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> str:

@@ -14,19 +14,21 @@ replication (Miller 2024, arXiv 2411.00640, for the clustering by question).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from sublim_plugin.analysis.collect import (
-    DatasetRecord,
     ProbeRecord,
     RunRecords,
     StudentRecord,
 )
 from sublim_plugin.analysis.probe_metrics import METRICS, Metrics, candidate_key, metrics, paired
 from sublim_plugin.analysis.replication import too_few_datasets
+from sublim_plugin.analysis.student_settings import equal_weights, settings_of
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_json
@@ -36,8 +38,8 @@ LOW_COVERAGE = 0.01
 
 SE_UNIT = "over questions, one dataset; not an interval over datasets"
 
-RANK_AND_SEED_KEYS = ("seed", "data_seed", "lora_r", "lora_alpha")
-"""Keys of a recipe that differ between the students of one rank curve."""
+SCALINGS = "; "
+"""Between the rules of alpha over rank in a row's `scalings`."""
 
 
 class _Row(BaseModel):
@@ -49,9 +51,12 @@ class TransmissionRow(_Row):
 
     `role` is `base`, `student` (trained on the target's numbers) or `control` (trained on neutral
     numbers, scored on the target). Fields that compare are None where there is nothing to compare
-    with, and `neutral_reason` or `warning` says why. Rows of one `condition` differ in seeds only,
-    rows of one `settings` in seeds, method and rank only. `update_norm` is the total Frobenius norm
-    of the weights' change.
+    with, and `neutral_reason` or `warning` says why. Rows of one `condition` differ in seeds only.
+    Rows of one `settings` differ in seeds, contexts, rank and alpha only, rows of one `family` in
+    trait and teacher too, rows of one `but_scale` in learning rate and scaling; `settings_name` and
+    `scalings` say it in words (see `student_settings`). A row that is `replicate_of` another
+    student has that one's weights under another seed; it is pooled nowhere. `update_norm` is the
+    total Frobenius norm of the weights' change, `step_size` learning rate times LoRA's scaling.
     """
 
     row: str
@@ -98,9 +103,22 @@ class TransmissionRow(_Row):
     neutral_probe: str | None
     condition: str
     settings: str
+    family: str
+    but_scale: str
+    settings_name: str
+    scalings: str
     learning_rate: float | None
+    step_size: float | None
     update_norm: float | None
+    replicate_of: str | None
     simulated: bool
+
+    @property
+    def pooled(self) -> bool:
+        """A student with a base that counts as a replicate."""
+        return (
+            self.role != "base" and self.vs_base_logprob is not None and self.replicate_of is None
+        )
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -145,6 +163,14 @@ class _Table:
         self.bases = {
             _probe_key(probe): probe for probe in run.probes if probe.spec.student is None
         }
+        self.settings = settings_of(run)
+        self.replicates = equal_weights(run, self.settings)
+        self.neutral: dict[Any, list[ProbeRecord]] = {}
+        for probe in run.probes:
+            if probe.spec.student is not None:
+                student = self._student(probe)
+                if student.spec.trait == "neutral":
+                    self.neutral.setdefault(self._control_key(probe, student), []).append(probe)
         traits = [dataset.spec.trait for dataset in run.datasets]
         traits += [student.spec.trait for student in run.students]
         self.targets = [trait for trait in dict.fromkeys(traits) if trait != "neutral"]
@@ -157,18 +183,16 @@ class _Table:
             for probe in self.run.probes
             if target.split("/")[0] == probe.spec.category and self._concerns(probe, target)
         ]
-        contexts = list(dict.fromkeys(row.eval_context for row in rows))
-        rows.sort(
-            key=lambda row: (
-                self.targets.index(row.target),
-                contexts.index(row.eval_context),
-                row.order,
-            )
-        )
+        places = {name: i for i, name in enumerate(self.targets)}
+        contexts = {
+            name: i for i, name in enumerate(dict.fromkeys(row.eval_context for row in rows))
+        }
+        rows.sort(key=lambda row: (places[row.target], contexts[row.eval_context], row.order))
         n_datasets: dict[tuple[str, str, str], set[str | None]] = {}
         for row in rows:
-            key = (row.target, row.eval_context, row.condition)
-            n_datasets.setdefault(key, set()).add(row.dataset)
+            own = n_datasets.setdefault((row.target, row.eval_context, row.condition), set())
+            if row.replicate_of is None:
+                own.add(row.dataset)
         finished = []
         for number, row in enumerate(rows, start=1):
             count = len(n_datasets[row.target, row.eval_context, row.condition])
@@ -220,19 +244,28 @@ class _Table:
             )
         base = self.bases.get(_probe_key(probe)) if student else None
         neutral, neutral_reason = self._neutral(probe, student)
+        if student is not None and student.id in self.replicates:
+            other = self.students[self.replicates[student.id]]
+            warnings.append(
+                f"{student.spec.trait} {student.spec.method.name}, generation seed "
+                f"{student.spec.generation_seed}, training seed {student.spec.training_seed}: its "
+                f"weights equal those of generation seed {other.spec.generation_seed}, training "
+                f"seed {other.spec.training_seed}, to the last bit: not a replicate, and left out "
+                "of every mean and count; the seed did not reach the training"
+            )
         if student is not None and base is None:
             warnings.append(
                 f"{probe.spec.eval_context.slug}: the base was not scored, so no transmission"
             )
-        for prefix, other in (("base", base), ("neutral", neutral)):
-            if other is None:
+        for prefix, against in (("base", base), ("neutral", neutral)):
+            if against is None:
                 values |= {
                     f"vs_{prefix}_{name}": None
                     for name in ("logprob", "logprob_se", "share", "share_se")
                 }
             else:
-                _check_same_questions(probe, other)
-                theirs = self._metrics(other, target)
+                _check_same_questions(probe, against)
+                theirs = self._metrics(against, target)
                 logprob = paired(ours, theirs, "logprob_Q")
                 share = paired(ours, theirs, "share_Q")
                 values |= {
@@ -274,8 +307,7 @@ class _Table:
             student=student.id if student else None,
             dataset=student.spec.dataset[:12] if student else None,
             neutral_probe=neutral.id if neutral else None,
-            condition=self._condition(probe, student),
-            settings=self._settings(probe, student),
+            **self._grouping(probe, student),
             learning_rate=_number(spec.recipe.get("learning_rate")) if spec else None,
             update_norm=_number(student.receipt.update_norm.get("total")) if student else None,
             simulated=bool(probe.manifest.spec.get("simulated", False)),
@@ -289,57 +321,44 @@ class _Table:
             return None, "base"
         if student.spec.trait == "neutral":
             return None, "is the neutral student"
-        for other in self.run.probes:
-            if other.spec.student is None or _probe_key(other) != _probe_key(probe):
-                continue
-            control = self._student(other)
-            same_seeds = (
-                control.spec.generation_seed == student.spec.generation_seed
-                and control.spec.training_seed == student.spec.training_seed
-            )
-            if (
-                control.spec.trait == "neutral"
-                and same_seeds
-                and self._training(control) == self._training(student)
-            ):
-                return other, ""
+        found = self.neutral.get(self._control_key(probe, student), [])
+        if len(found) == 1:
+            return found[0], ""
+        if found:
+            return None, f"{len(found)} neutral students match, of different teachers"
         return None, "no neutral student with the same method, recipe, context and seeds"
 
-    def _training(self, student: StudentRecord) -> str:
-        """Hash of all that shapes a student but trait and seeds."""
-        spec = student.spec
-        dataset: DatasetRecord | None = self.datasets.get(spec.dataset[:12])
-        return sha256_json(
-            {
-                "base_model": spec.base_model.sha256,
-                "method": spec.method.model_dump(mode="json"),
-                "train_context": spec.train_context.slug,
-                "recipe": {k: v for k, v in spec.recipe.items() if k not in ("seed", "data_seed")},
-                "dataset": dataset.condition if dataset else "",
-            }
-        )
+    def _control_key(self, probe: ProbeRecord, student: StudentRecord) -> tuple[Any, ...]:
+        seeds = (student.spec.generation_seed, student.spec.training_seed)
+        return (_probe_key(probe), self.settings[student.id].condition, seeds)
 
-    def _settings(self, probe: ProbeRecord, student: StudentRecord | None) -> str:
-        """12 digits shared by the rows that differ in seeds, rank and scaling only."""
-        if student is None:
-            return ""
-        spec = student.spec
-        dataset = self.datasets.get(spec.dataset[:12])
-        own = {k: v for k, v in spec.recipe.items() if k not in RANK_AND_SEED_KEYS}
-        parts = [spec.base_model.sha256, spec.trait, spec.train_context.slug, spec.method.kind]
-        parts += [probe.spec.measure, probe.spec.questions_sha256, probe.spec.eval_context.slug]
-        alpha, rank = spec.method.alpha, spec.method.rank
-        parts.append("alpha = rank" if alpha == rank else f"alpha {alpha}")
-        return sha256_json([*parts, own, dataset.condition if dataset else ""])[:12]
-
-    def _condition(self, probe: ProbeRecord, student: StudentRecord | None) -> str:
-        """12 digits shared by the rows that differ in seeds only."""
+    def _grouping(self, probe: ProbeRecord, student: StudentRecord | None) -> dict[str, Any]:
+        """The columns that say what a row may be pooled with."""
         spec = probe.spec
-        parts = [spec.base_model.sha256, spec.category, spec.eval_context.slug, spec.measure]
-        parts.append(spec.questions_sha256)
-        if student is not None:
-            parts += [student.spec.trait, self._training(student)]
-        return sha256_json(parts)[:12]
+        asked = [spec.base_model.sha256, spec.category, spec.measure, spec.questions_sha256]
+        if student is None:
+            empty: dict[str, Any] = dict.fromkeys(
+                ("settings", "family", "but_scale", "settings_name", "scalings"), ""
+            )
+            return empty | {
+                "condition": sha256_json([*asked, spec.eval_context.slug])[:12],
+                "step_size": None,
+                "replicate_of": None,
+            }
+        own = self.settings[student.id]
+        dataset = self.datasets.get(student.spec.dataset[:12])
+        teacher = dataset.manifest.spec.get("teacher") if dataset else None
+        condition = [*asked, spec.eval_context.slug, student.spec.trait]
+        return {
+            "condition": sha256_json([*condition, own.condition, teacher])[:12],
+            "settings": sha256_json([*asked, own.id])[:12],
+            "family": sha256_json([*asked, own.family])[:12],
+            "but_scale": sha256_json([*asked, own.but_scale])[:12],
+            "settings_name": own.name,
+            "scalings": SCALINGS.join(own.scalings),
+            "step_size": own.step_size,
+            "replicate_of": self.replicates.get(student.id),
+        }
 
 
 def _probe_key(probe: ProbeRecord) -> tuple[str, str, Context, str, str]:
@@ -357,29 +376,54 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def question_differences(
-    run: RunRecords, rows: Sequence[TransmissionRow]
-) -> dict[str, tuple[float, ...]]:
-    """Student minus base for each question, by row, in nats; in the order of question ids.
+@dataclass(frozen=True)
+class QuestionDifferences:
+    """Differences for each question by row of the table, in the order of question ids.
 
-    Only rows with a base are in it. The mean over questions is the row's `vs_base_logprob`.
+    `base` and `neutral` in nats: student minus base, student minus neutral student; their means are
+    the row's `vs_base_logprob` and `vs_neutral_logprob`. `base_logit` is the former on the logit
+    scale. A row without the model to compare with is not in it.
     """
-    probes = {probe.id: probe for probe in run.probes}
-    cache: dict[tuple[str, str], dict[int, float]] = {}
 
-    def logprobs(probe: str, target: str) -> dict[int, float]:
+    base: dict[str, tuple[float, ...]]
+    neutral: dict[str, tuple[float, ...]]
+    base_logit: dict[str, tuple[float, ...]]
+
+
+def question_differences(run: RunRecords, rows: Sequence[TransmissionRow]) -> QuestionDifferences:
+    """The differences behind the rows' means, question by question."""
+    probes = {probe.id: probe for probe in run.probes}
+    cache: dict[tuple[str, str], tuple[float, ...]] = {}
+
+    def logprobs(probe: str, target: str) -> tuple[float, ...]:
         if (probe, target) not in cache:
             record = probes[probe]
             key = candidate_key(record, target)
-            cache[probe, target] = {q.question_id: q.logprobs[key] for q in record.questions}
+            ordered = sorted(record.questions, key=lambda q: q.question_id)
+            cache[probe, target] = tuple(question.logprobs[key] for question in ordered)
         return cache[probe, target]
 
-    found = {}
+    found = QuestionDifferences({}, {}, {})
     for row in rows:
-        if row.role != "base" and row.base_probe is not None:
-            ours, theirs = logprobs(row.probe, row.target), logprobs(row.base_probe, row.target)
-            found[row.row] = tuple(ours[number] - theirs[number] for number in sorted(ours))
+        if row.role == "base":
+            continue
+        ours = logprobs(row.probe, row.target)
+        if row.base_probe is not None:
+            theirs = logprobs(row.base_probe, row.target)
+            pairs = list(zip(ours, theirs, strict=True))
+            found.base[row.row] = tuple(own - other for own, other in pairs)
+            found.base_logit[row.row] = tuple(_logit(own) - _logit(other) for own, other in pairs)
+        if row.neutral_probe is not None:
+            theirs = logprobs(row.neutral_probe, row.target)
+            found.neutral[row.row] = tuple(
+                own - other for own, other in zip(ours, theirs, strict=True)
+            )
     return found
+
+
+def _logit(logprob: float) -> float:
+    """log(p / (1 - p)) from log p; a probability of 1 counts as 1 - 1e-12."""
+    return logprob - math.log(-math.expm1(min(logprob, -1e-12)))
 
 
 def _check_same_questions(ours: ProbeRecord, theirs: ProbeRecord) -> None:

@@ -8,7 +8,8 @@ the flat top of a smooth, at the quantile that favours the weaker line.
 `two_lines` differs from the paper in two places, because here each dataset gives one whole curve:
 - A line's slope is the mean over datasets of each dataset's own slope. Its standard error is the
   larger of the one from the spread between datasets and the one from the dataset x rank mean
-  square, so that neither a few alike datasets nor datasets of different steepness make it small.
+  square, so that neither a few alike datasets nor datasets of different steepness make it small;
+  its degrees of freedom are those of the two by Satterthwaite.
 - The break is itself one of few ranks and chosen for being high; counted in both lines it would
   tilt both towards an inverted U. It belongs to the line with fewer ranks only.
 `simulate.py` measures what this does. `two_lines_of_points` is the paper's own version.
@@ -24,7 +25,13 @@ from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
 from sublim_plugin.analysis.arrays import Bools, Floats
-from sublim_plugin.analysis.rank_curves import additive_fit, check_curves, ratio, slopes
+from sublim_plugin.analysis.rank_curves import (
+    additive_fit,
+    check_curves,
+    larger_variance,
+    ratio,
+    slopes,
+)
 from sublim_plugin.analysis.replication import MIN_DATASETS
 from sublim_plugin.analysis.smoothing_spline import flat_top
 from sublim_plugin.core.errors import InputError
@@ -50,7 +57,8 @@ class TwoLines(BaseModel):
     p_up: float
     p_down: float
     p: float
-    df: int | None
+    df_up: float | None
+    df_down: float | None
 
 
 def two_lines(ranks: Floats, values_DK: Floats) -> TwoLines:
@@ -66,11 +74,7 @@ def two_lines(ranks: Floats, values_DK: Floats) -> TwoLines:
     found = two_lines_batch(ranks, values_DK[None])
     return TwoLines(
         break_rank=float(2 ** found["break_x"][0]),
-        df=int(found["df"]),
-        **{
-            name: float(found[name][0])
-            for name in ("slope_up", "slope_down", "t_up", "t_down", "p_up", "p_down", "p")
-        },
+        **{name: float(found[name][0]) for name in found if name != "break_x"},
     )
 
 
@@ -87,8 +91,9 @@ def two_lines_batch(ranks: Floats, values_NDK: Floats) -> dict[str, Any]:
     flat_NK = flat_top(x_K, fit.mean_NK, fit.count_K, fit.within_N, fit.n)
     copies_K = fit.count_K.astype(int)
 
-    def t_values(break_N: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-        found: list[Floats] = []
+    def lines(break_N: Floats) -> list[tuple[Floats, Floats, Floats]]:
+        """Slope, t and degrees of freedom of both lines, each (N,)."""
+        found = []
         for side_NK in _sides(x_K, break_N):
             slope_ND, spread_ND = slopes(x_K, values_NDK, side_NK)
             count_N = np.isfinite(slope_ND).sum(1)
@@ -97,15 +102,16 @@ def two_lines_batch(ranks: Floats, values_NDK: Floats) -> dict[str, Any]:
             off_ND = np.where(np.isfinite(slope_ND), slope_ND - mean_N[:, None], 0.0)
             between_N = (off_ND**2).sum(1) / np.maximum(count_N - 1, 1) / np.maximum(count_N, 1)
             pooled_N = fit.error_N * np.nansum(1 / spread_ND, axis=1) / np.maximum(count_N, 1) ** 2
-            se_N = np.sqrt(np.maximum(between_N, pooled_N))
-            found += [mean_N, np.where(enough_N, ratio(mean_N, se_N), np.nan)]
-        return found[0], found[1], found[2], found[3]
+            square_N, df_N = larger_variance(between_N, count_N - 1.0, pooled_N, fit.df)
+            t_N = np.where(enough_N, ratio(mean_N, np.sqrt(square_N)), np.nan)
+            found.append((mean_N, t_N, df_N))
+        return found
 
     start_N = _quantile(x_K, flat_NK, copies_K, np.full(len(flat_NK), 0.5))
-    _, first_N, _, second_N = t_values(start_N)
+    (_, first_N, _), (_, second_N, _) = lines(start_N)
     break_N = _quantile(x_K, flat_NK, copies_K, _weaker(first_N, second_N))
-    slope_up, t_up, slope_down, t_down = t_values(break_N)
-    p_up, p_down = _p_value(t_up, fit.df), _p_value(-t_down, fit.df)
+    (slope_up, t_up, df_up), (slope_down, t_down, df_down) = lines(break_N)
+    p_up, p_down = _p_value(t_up, df_up), _p_value(-t_down, df_down)
     return {
         "break_x": break_N,
         "slope_up": slope_up,
@@ -115,7 +121,8 @@ def two_lines_batch(ranks: Floats, values_NDK: Floats) -> dict[str, Any]:
         "p_up": p_up,
         "p_down": p_down,
         "p": np.maximum(p_up, p_down),
-        "df": fit.df,
+        "df_up": df_up,
+        "df_down": df_down,
     }
 
 
@@ -133,10 +140,13 @@ def two_lines_of_points(x: Floats, y: Floats) -> TwoLines:
     within = float(((y - mean_K[index]) ** 2).sum())
     flat_NK = flat_top(x_K, mean_K[None], count_K.astype(float), np.array([within]), float(len(x)))
     start = _quantile(x_K, flat_NK, count_K, np.array([0.5]))[0]
-    z_up, z_down = _point_line(x, y, start, 0)[1], _point_line(x, y, start, 1)[1]
+    z_up, z_down = line_of_points(x, y, start, 0)[1], line_of_points(x, y, start, 1)[1]
     share = _weaker(np.array([z_up]), np.array([z_down]))
     at = float(_quantile(x_K, flat_NK, count_K, share)[0])
-    (slope_up, z_up), (slope_down, z_down) = _point_line(x, y, at, 0), _point_line(x, y, at, 1)
+    (slope_up, z_up), (slope_down, z_down) = (
+        line_of_points(x, y, at, 0),
+        line_of_points(x, y, at, 1),
+    )
     p_up = float(_p_value(np.array([z_up]), None)[0])
     p_down = float(_p_value(np.array([-z_down]), None)[0])
     return TwoLines(
@@ -148,12 +158,13 @@ def two_lines_of_points(x: Floats, y: Floats) -> TwoLines:
         p_up=p_up,
         p_down=p_down,
         p=max(p_up, p_down),
-        df=None,
+        df_up=None,
+        df_down=None,
     )
 
 
-def _point_line(x: Floats, y: Floats, at: float, side: int) -> tuple[float, float]:
-    """Slope and z of line 0 (up to the break) or 1 (from it); the other line is fitted beside."""
+def line_of_points(x: Floats, y: Floats, at: float, side: int) -> tuple[float, float]:
+    """Slope and z (HC3) of line 0, up to the break `at`, or 1, from it; the other is fitted too."""
     regression: Any = import_module("statsmodels.regression.linear_model")
     own = (x <= at) if side == 0 else (x >= at)
     off = x - at
@@ -196,8 +207,8 @@ def _quantile(x_K: Floats, flat_NK: Bools, copies_K: Any, share_N: Floats) -> Fl
     return found
 
 
-def _p_value(t: Floats, df: int | None) -> Floats:
+def _p_value(t: Floats, df: Floats | None) -> Floats:
     """Two-sided p of a slope that has the sign of a positive `t`; 1 for the other sign or NaN."""
-    tail = stats.norm.sf(t) if df is None else stats.t.sf(t, max(df, 1))
+    tail = stats.norm.sf(t) if df is None else stats.t.sf(t, df)
     p: Floats = np.where(t > 0, np.minimum(1.0, 2 * tail), 1.0)
     return p

@@ -43,6 +43,14 @@ class UTest(BaseModel):
     df: float
 
 
+def too_few_curves(values_DK: Floats) -> str:
+    """Why there is no u-test of these curves, or "" if there is one."""
+    n = int((np.isfinite(values_DK).sum(1) >= 3).sum())
+    if n >= MIN_DATASETS:
+        return ""
+    return f"{n} datasets with 3 ranks, a u-test needs at least {MIN_DATASETS}"
+
+
 def u_test(ranks: Floats, values_DK: Floats) -> UTest:
     """Test one trait's rank curves on log2(rank); the extremum is in log2(rank).
 
@@ -54,6 +62,8 @@ def u_test(ranks: Floats, values_DK: Floats) -> UTest:
         InputError: fewer than `MIN_DATASETS` datasets have 3 ranks.
     """
     check_curves(ranks, values_DK[None])
+    if reason := too_few_curves(values_DK):
+        raise InputError(reason)
     x_K = np.log2(ranks)
     coefficients = []
     for values_K in values_DK:
@@ -62,8 +72,6 @@ def u_test(ranks: Floats, values_DK: Floats) -> UTest:
             design = np.vander(x_K[seen_K], 3, increasing=True)
             coefficients.append(np.linalg.lstsq(design, values_K[seen_K], rcond=None)[0][1:])
     n = len(coefficients)
-    if n < MIN_DATASETS:
-        raise InputError(f"{n} datasets with 3 ranks, a u-test needs at least {MIN_DATASETS}")
     curves_D2 = np.array(coefficients)
     return u_test_of(
         curves_D2.mean(0), np.cov(curves_D2.T, ddof=1) / n, n - 1, float(x_K[0]), float(x_K[-1])

@@ -17,8 +17,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from sublim_plugin.analysis.arrays import Floats
-from sublim_plugin.analysis.diagonal_contrast import diagonal_contrast
-from sublim_plugin.analysis.figures import BLUE, GREY, ORANGE, STYLE
+from sublim_plugin.analysis.diagonal_contrast import block_contrasts
+from sublim_plugin.analysis.figure_files import BLUE, GREY, ORANGE, STYLE
 from sublim_plugin.analysis.mixed import logit_of_count
 from sublim_plugin.analysis.power import ANCHORS, anchor_sd, datasets_needed, detectable
 from sublim_plugin.analysis.rank_shape import claims_batch, over_traits
@@ -109,7 +109,7 @@ def document(rates: PublishedRates) -> str:
     found = shapes(rates)
     sd = anchor_sd()
     animals = list(rates.trained_and_asked_in_qwen)
-    parts = [_head(), _shape_table(found), _reading(found)]
+    parts = [_head(rates), _shape_table(found), _reading(found)]
     parts += [
         "## What a study of this would need",
         "",
@@ -137,7 +137,8 @@ def document(rates: PublishedRates) -> str:
     return "\n".join(parts)
 
 
-def _head() -> str:
+def _head(rates: PublishedRates) -> str:
+    zero = rates.logits(np.array([0.0, 0.05]))
     return "\n".join(
         [
             "# A worked example: the published rank table",
@@ -159,7 +160,11 @@ def _head() -> str:
             "Ten means an animal, taken as ten independent points because nothing else is given. "
             "That is optimistic twice: cells share datasets, and each dataset may have a peak of "
             "its own. p of the two-lines test is the larger of its two slopes' (two-sided, HC3), "
-            "then adjusted over the five animals (Benjamini-Hochberg); the u-test is one-sided.",
+            "then adjusted over the five animals (Benjamini-Hochberg); the u-test is one-sided. "
+            "Logits are empirical ones, half a reply added to both counts of "
+            f"{rates.replies_per_cell:,}: a printed 0.0% becomes {zero[0]:.1f}, though rates are "
+            f"rounded to 0.1 points and it may stand for anything up to {zero[1]:.1f}. Dolphin has "
+            "eight such cells, so its logit row should not be read closely.",
             "",
         ]
     )
@@ -208,14 +213,19 @@ def _reading(found: list[Shape]) -> str:
         for shape in found
         if shape.scale == "logit" and shape.animal not in both and shape.animal not in one
     ]
+    cat = next(s.quadratic.p for s in found if (s.animal, s.scale) == ("cat", "logit"))
     return "\n".join(
         [
             f"- On both scales the two-lines test finds an inverted U for {_list(both)} (adjusted "
             "p < .05).",
             f"- For {_list(one)} the answer depends on the scale, so the table does not settle it.",
-            f"- For {_list(never)} there is none on either.",
+            f"- For {_list(never)} none is shown on either scale. That is not evidence of none: "
+            "ten means have little power.",
             f"- The u-test does not support it for {_list(unsupported)}: the peak lies near the "
-            "low end, where a quadratic has little to go by.",
+            "low end, where a quadratic has little to go by. (The project's notes on statistics "
+            f"give p = .057 for cat on logits; we get {_p(cat)} from the same ten means and cannot "
+            "say why. None of cat's rates is 0, so no convention for zeros explains it; on "
+            "percentages both give .069.)",
             "- With one mean a cell, no interval over datasets and no test with datasets as the "
             "unit can be given. The p-values above speak of scatter around two lines, not of "
             "other datasets.",
@@ -241,7 +251,7 @@ def _contexts(rates: PublishedRates) -> str:
     contrasts = []
     for animal in rates.context_cells:
         values = [
-            diagonal_contrast(rates.context_table(animal, rank)[None]).by_block[0] for rank in ranks
+            float(block_contrasts(rates.context_table(animal, rank)[None])[0]) for rank in ranks
         ]
         contrasts += values
         lines.append(f"| {animal} | " + " | ".join(f"{value:+.2f}" for value in values) + " |")

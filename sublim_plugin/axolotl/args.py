@@ -33,7 +33,7 @@ class ProbeBlock(BaseModel):
         description=(
             "Optimizer steps between two measurements; the first is before step 1, the last after "
             "training. Left out: eight a run, fewer where that would cost more than 4% of the "
-            "training, counted in tokens."
+            "training's time, judged by the first measurement and the first steps."
         ),
     )
 

@@ -8,14 +8,16 @@ sizes of the others and what was trained; without it nothing is loaded.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sublim_plugin.axolotl.order import OrderState
-from sublim_plugin.axolotl.process_group import is_first, wait_for_all
-from sublim_plugin.axolotl.receipt import Method, Seeds
+from sublim_plugin.axolotl.process_group import first_then_all
+from sublim_plugin.axolotl.receipt import DatasetInfo, Method, Seeds
 from sublim_plugin.core.atomic import write_json
 from sublim_plugin.core.base_models import check_header
 from sublim_plugin.core.contexts import Context
@@ -24,14 +26,21 @@ from sublim_plugin.core.errors import InputError
 MARK = "sublim_checkpoint.json"
 RUN = "sublim_run.json"
 
-# What decides where the next step leads.
-_SETTINGS = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "adapter", "bf16", "cosine_min_lr_ratio", "fp16",
-    "gradient_accumulation_steps", "learning_rate", "lora_alpha", "lora_dropout", "lora_r",
-    "lora_target_linear", "lora_target_modules", "lr_scheduler", "max_grad_norm", "max_steps",
-    "micro_batch_size", "num_epochs", "optimizer", "peft_use_rslora", "sample_packing",
-    "sequence_len", "train_on_inputs", "warmup_ratio", "warmup_steps", "weight_decay",
-)  # fmt: skip
+SET_ASIDE = "set-aside"
+"""Where incomplete checkpoints go: as `checkpoint-3.something` beside the others, one would still
+be counted by the host's own clearing up (`save_total_limit`), and a complete one deleted for it."""
+
+# What may differ between a run and its continuation: where things lie, what is logged and saved,
+# and what is compared by content instead (base model, rows, context, seeds). All else must agree.
+_HARMLESS = re.compile(
+    r"(auto_resume_from_checkpoints|axolotl_config_path|base_model(_config)?|capabilities"
+    r"|dataloader_(num_workers|pin_memory|prefetch_factor)|dataset_(keep_in_memory|num_proc"
+    r"|prepared_path|processes)|device|env_capabilities|local_rank|output_dir"
+    r"|resume_from_checkpoint|revision_of_model|seed|total_(num|supervised)_tokens|world_size"
+    r"|(comet|hub|mlflow|otel|profiler|save|swanlab|trackio|wandb)_.*"
+    r"|use_(comet|mlflow|otel_metrics|swanlab|tensorboard|trackio|wandb))"
+)
+_HARMLESS_IN_BLOCK = ("context", "cross_model", "data_seed", "effective_rank", "guard", "probe")
 
 
 class _OnDisk(BaseModel):
@@ -39,10 +48,14 @@ class _OnDisk(BaseModel):
 
 
 class Origin(_OnDisk):
-    """What is trained, how, and on what: a checkpoint of another origin is not continued."""
+    """What is trained, how, and on what: a checkpoint of another origin is not continued.
+
+    `dataset_sha256`: digests of the rows files, in order; of a hub's dataset its name.
+    `settings`: all others of the configuration that are not harmless, by dotted key.
+    """
 
     base_sha256: str
-    dataset_sha256: str | None
+    dataset_sha256: list[str]
     context: dict[str, Any] | None
     method: Method
     seeds: Seeds
@@ -64,23 +77,48 @@ def origin_of(
     cfg: Any,
     *,
     base_sha256: str,
-    dataset_sha256: str | None,
+    datasets: Sequence[DatasetInfo],
     context: Context | None,
     method: Method,
     seeds: Seeds,
     processes: int,
 ) -> Origin:
     """The origin of the checkpoints of an axolotl configuration."""
-    plain = {key: cfg.get(key) for key in _SETTINGS if cfg.get(key) is not None}
     return Origin(
         base_sha256=base_sha256,
-        dataset_sha256=dataset_sha256,
+        dataset_sha256=[one.sha256 or one.path for one in datasets],
         context=None if context is None else context.model_dump(exclude_none=True),
         method=method,
         seeds=seeds,
         processes=processes,
-        settings=json.loads(json.dumps(plain, default=str)),
+        settings=_settings(cfg),
     )
+
+
+def _settings(cfg: Any) -> dict[str, Any]:
+    plain = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
+    kept = {key: value for key, value in plain.items() if not _HARMLESS.fullmatch(key)}
+    if kept.get("tokenizer_config") == plain.get("base_model"):
+        kept.pop("tokenizer_config", None)
+    block = kept.get("sublim") or {}
+    kept["sublim"] = {k: v for k, v in block.items() if k not in _HARMLESS_IN_BLOCK}
+    kept["datasets"] = [
+        {key: value for key, value in entry.items() if key != "path"}
+        for entry in kept.get("datasets") or []
+    ]
+    if isinstance(kept.get("deepspeed"), str) and Path(kept["deepspeed"]).is_file():
+        kept["deepspeed"] = json.loads(Path(kept["deepspeed"]).read_text(encoding="utf-8"))
+    return dict(_leaves(json.loads(json.dumps(kept, default=str)), ""))
+
+
+def _leaves(value: Any, at: str) -> Iterator[tuple[str, Any]]:
+    """The values in nested mappings and lists, by dotted key, without those that are not set."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from _leaves(inner, f"{at}.{key}" if at else str(key))
+    elif value is not None:
+        yield at, value
 
 
 def begin(output_dir: Path, origin: Origin) -> None:
@@ -165,9 +203,7 @@ def resume_from(cfg: Any, origin: Origin) -> Path | None:
             Path(cfg["output_dir"]), origin, named=named, newest=bool(newest)
         )
 
-    found = find() if is_first() else None
-    wait_for_all()
-    return found if is_first() else find()
+    return first_then_all(find)
 
 
 def checkpoint_to_resume(
@@ -179,8 +215,8 @@ def checkpoint_to_resume(
         origin: the run that is to be continued.
         named: axolotl's `resume_from_checkpoint`.
         newest: axolotl's `auto_resume_from_checkpoints`: incomplete checkpoints that are newer
-            than the last complete one are renamed to `checkpoint-N.incomplete`, which the hosts
-            pass over.
+            than the last complete one are moved to the folder `set-aside`, where the hosts do not
+            look.
 
     Raises:
         InputError: the named checkpoint is incomplete or not this plugin's, or a complete one is
@@ -208,9 +244,9 @@ def checkpoint_to_resume(
         if why is None:
             _check_origin(folder, origin)
             return folder
-        aside = _free_name(folder)
+        aside = _free_place(folder)
         folder.rename(aside)
-        print(f"sublim: {folder} is incomplete ({why}); set aside as {aside.name}", flush=True)
+        print(f"sublim: {folder} is incomplete ({why}); moved to {aside}", flush=True)
     return None
 
 
@@ -222,13 +258,14 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def _free_name(folder: Path) -> Path:
-    aside = folder.with_name(f"{folder.name}.incomplete")
-    number = 1
-    while aside.exists():
+def _free_place(folder: Path) -> Path:
+    aside = folder.parent / SET_ASIDE
+    aside.mkdir(exist_ok=True)
+    number, place = 1, aside / folder.name
+    while place.exists():
         number += 1
-        aside = folder.with_name(f"{folder.name}.incomplete{number}")
-    return aside
+        place = aside / f"{folder.name}.{number}"
+    return place
 
 
 def _began_here(output_dir: Path, origin: Origin) -> bool:

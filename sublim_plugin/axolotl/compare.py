@@ -10,7 +10,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from sublim_plugin.axolotl.files import base_folder, is_local
-from sublim_plugin.axolotl.norms import UpdateNorm, adapter_settings, update_norm
+from sublim_plugin.axolotl.norms import (
+    UpdateNorm,
+    adapter_settings,
+    lora_scaling,
+    update_norm,
+)
 from sublim_plugin.axolotl.receipt import RECEIPT_NAME, Receipt, read_receipt
 from sublim_plugin.axolotl.weights import weights_sha256
 from sublim_plugin.core import base_models
@@ -23,13 +28,15 @@ BANDS = ("early", "middle", "late")
 
 
 class Compared(BaseModel):
-    """One student. `learning_rate` is the highest one logged, `final_loss` the last; both and
+    """One student. `method`: `lora r8`, `rslora r8` or `full`; `scaling`: what B A is multiplied
+    by, None for `full`; `learning_rate` is the highest one logged, `final_loss` the last; both and
     `steps` are None where it has no receipt."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: str
     method: str
+    scaling: float | None
     steps: int | None
     learning_rate: float | None
     final_loss: float | None
@@ -85,9 +92,13 @@ def base_of(folder: Path, receipt: Receipt | None, given: str | None) -> Path:
     name = given or (str(receipt.base_model["name"]) if receipt is not None else None)
     if name is None:
         raise InputError(f"{folder} has no {RECEIPT_NAME} that names its base model; add --base.")
-    base = base_models.resolve(name) if given or is_local(name) else base_folder(name)
+    if given or receipt is None or is_local(name):
+        base = base_models.resolve(name)
+    else:
+        base = base_folder(name, receipt.base_model.get("revision"))
     if is_adapter(folder):
-        check_adapter_base(folder, base, recorded_base(folder))
+        revision = adapter_settings(folder).get("revision")
+        check_adapter_base(folder, base, recorded_base(folder), revision)
     else:
         check_full_base(folder, base)
     return base
@@ -110,15 +121,19 @@ def compare(folders: Sequence[Path], base: str | None = None) -> list[Compared]:
         inner = model_folder(folder)
         receipt = receipt_of(inner)
         if receipt is not None:
+            if receipt.update_norm is None:
+                raise InputError(f"{folder} has no update norm: {receipt.no_update_norm}")
             norm, digest = receipt.update_norm, receipt.weights_sha256
         else:
             norm = update_norm(inner, base_of(inner, None, base))
             digest = weights_sha256(inner, adapter=is_adapter(inner))
         losses = [] if receipt is None else receipt.losses
+        method, scaling = _method(inner)
         found.append(
             Compared(
                 folder=str(folder),
-                method=_method(inner, receipt),
+                method=method,
+                scaling=scaling,
                 steps=None if receipt is None else receipt.steps,
                 learning_rate=max((step.learning_rate or 0.0 for step in losses), default=None),
                 final_loss=losses[-1].loss if losses else None,
@@ -129,11 +144,13 @@ def compare(folders: Sequence[Path], base: str | None = None) -> list[Compared]:
     return found
 
 
-def _method(folder: Path, receipt: Receipt | None) -> str:
-    if receipt is None:
-        return "lora" if is_adapter(folder) else "full"
-    rank = receipt.method.rank
-    return receipt.method.kind if rank is None else f"{receipt.method.kind} r{rank}"
+def _method(folder: Path) -> tuple[str, float | None]:
+    """In a word with the rank, and the scaling that a module without a pattern of its own has."""
+    if not is_adapter(folder):
+        return "full", None
+    config = adapter_settings(folder)
+    kind = "rslora" if config.get("use_rslora") else "lora"
+    return f"{kind} r{config['r']}", lora_scaling(config, "")
 
 
 def equal_weights(students: Sequence[Compared]) -> list[list[str]]:
@@ -157,11 +174,13 @@ def bands(by_layer: dict[str, float]) -> dict[str, float]:
 
 def tables(students: Sequence[Compared]) -> str:
     """The students as aligned text: in total, by module kind, and by thirds of the layers."""
-    head = ["student", "method", "steps", "peak lr", "last loss", "||dW||", "||dW||/||W||", "rank"]
+    head = ["student", "method", "scaling", "steps", "peak lr", "last loss"]
+    head += ["||dW||", "||dW||/||W||", "rank"]
     rows = [
         [
             student.folder,
             student.method,
+            _shown(student.scaling, ".3g"),
             _shown(student.steps, "d"),
             _shown(student.learning_rate, "g"),
             _shown(student.final_loss, ".4f"),

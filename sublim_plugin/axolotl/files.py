@@ -19,22 +19,34 @@ def is_local(base_model: str) -> bool:
     return base_model.startswith(("embedded:", "/", "./", "../", "~")) or Path(base_model).is_dir()
 
 
-def base_folder(base_model: str) -> Path:
-    """The folder of a base model that axolotl has loaded; a hub's lies in its cache."""
-    if Path(base_model).is_dir():
-        return Path(base_model)
+def base_folder(base_model: str, revision: str | None = None) -> Path:
+    """The folder of a base model that axolotl has loaded; a hub's lies in its cache.
+
+    Raises:
+        InputError: the cache does not hold that model in that revision.
+    """
+    if Path(base_model).expanduser().is_dir():
+        return Path(base_model).expanduser()
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    return Path(snapshot_download(base_model, local_files_only=True))
+    try:
+        return Path(snapshot_download(base_model, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        at = f" in revision {revision}" if revision else ""
+        raise InputError(
+            f"{base_model}{at} is not in the hub's cache on this machine; download it, or give a "
+            "local folder."
+        ) from error
 
 
-def name_datasets(cfg: Any, where: str) -> DatasetInfo:
-    """Replace dataset folders by their rows files, hash-checked; describe the first dataset.
+def name_datasets(cfg: Any, where: str) -> list[DatasetInfo]:
+    """Replace dataset folders by their rows files, hash-checked; describe every dataset.
 
     Raises:
         InputError: a path is the recipes' placeholder or leads nowhere, or a file was changed.
     """
-    found = DatasetInfo(path="", sha256=None, rows=None)
+    found = []
     for index, entry in enumerate(cfg.get("datasets") or []):
         path = str(entry.get("path") or "")
         if path == PLACEHOLDER:
@@ -42,7 +54,7 @@ def name_datasets(cfg: Any, where: str) -> DatasetInfo:
                 f"{where}: `datasets[{index}].path` is still {PLACEHOLDER}; set it to a dataset "
                 "folder that `sublim generate` made, or to a rows file (JSONL with `messages`)."
             )
-        folder = Path(path)
+        folder = Path(path).expanduser()
         if folder.is_dir() and _made_by_sublim(folder):
             rows = dataset_rows_path(folder)
         elif folder.is_file() and (folder.parent / "manifest.json").is_file():
@@ -54,12 +66,13 @@ def name_datasets(cfg: Any, where: str) -> DatasetInfo:
                 )
         elif folder.is_file() and folder.suffix == ".jsonl":
             rows = folder
-        elif path.startswith(("/", "./", "../", "~")) or not path:
+        elif not folder.exists() and (path.startswith(("/", "./", "../", "~")) or not path):
             raise InputError(
-                f"{where}: `datasets[{index}].path` is {path!r}: no dataset folder (with a "
-                "manifest.json) and no rows file is there."
+                f"{where}: `datasets[{index}].path` is {path!r}: nothing is there; give a dataset "
+                "folder (with a manifest.json) or a rows file."
             )
         else:
+            found.append(DatasetInfo(path=path, sha256=None, rows=None))
             continue
         entry["path"] = str(rows.resolve())
         entry["ds_type"] = "json"
@@ -68,10 +81,8 @@ def name_datasets(cfg: Any, where: str) -> DatasetInfo:
         prepared = Path(str(cfg.get("dataset_prepared_path") or "last_run_prepared"))
         if prepared.name != digest[:12]:
             cfg["dataset_prepared_path"] = str(prepared / digest[:12])
-        if index == 0:
-            found = DatasetInfo(
-                path=str(rows.resolve()), sha256=digest, rows=sum(1 for _ in iter_rows(rows))
-            )
+        count = sum(1 for _ in iter_rows(rows))
+        found.append(DatasetInfo(path=str(rows.resolve()), sha256=digest, rows=count))
     return found
 
 
@@ -86,7 +97,8 @@ def find_file(key: str, value: str, where: str) -> Path:
     Raises:
         InputError: it is in none of them.
     """
-    candidates = [Path(value), Path(where).parent / value, ROOT / value]
+    named = Path(value).expanduser()
+    candidates = [named, Path(where).parent / named, ROOT / named]
     for candidate in candidates:
         if candidate.exists():
             return candidate.resolve()

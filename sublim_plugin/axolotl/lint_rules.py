@@ -44,6 +44,7 @@ def check_rules(document: Document) -> None:
     _check_lora(document)
     _check_names(document)
     _check_steps(document, serious)
+    _check_seeds(document)
     _check_loss(document, serious)
     _check_machine(document, serious)
     if data.get("trust_remote_code"):
@@ -182,6 +183,23 @@ def _check_steps(document: Document, serious: Level) -> None:
             ("shuffle_merged_datasets",),
             "rows are shuffled twice, here by `seed` and again by the sampler's `data_seed`",
             "set it to false",
+        )
+
+
+def _check_seeds(document: Document) -> None:
+    data = document.data
+    block = data.get("sublim")
+    pinned = block.get("data_seed") if isinstance(block, dict) else None
+    if pinned is None or data.get("adapter") or not uses_sublim(data):
+        return
+    seed = 42 if data.get("seed") is None else data["seed"]
+    if pinned != seed:
+        document.add(
+            "warning",
+            ("sublim", "data_seed"),
+            f"fixes the order of the rows at {pinned} whatever `seed` ({seed}) is, and without "
+            "dropout full finetuning draws nothing else at random: all seeds give the same weights",
+            "remove it, so that the order follows `seed`",
         )
 
 

@@ -7,10 +7,33 @@ copy of the starting weights in the CPU's memory, in their own dtype.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from sublim_plugin.axolotl.norms import squared_difference
 from sublim_plugin.core.errors import InputError
+
+_FACTOR = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
+
+
+def no_norm(model: Any) -> str | None:
+    """Why no update norm is defined for `model`; None where one is: for full finetuning, and for an
+    adapter of which nothing but LoRA factors of linear layers is trained."""
+    from peft import PeftModel
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if not isinstance(model, PeftModel):
+        return None
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not _FACTOR.search(name):
+            return (
+                f"{name} is trained beside the factors of plain LoRA (by DoRA, a trained bias,"
+                " `lora_modules_to_save`, or LoRA on an embedding)"
+            )
+    for name, layer in model.named_modules():
+        if isinstance(layer, ParamWrapper):
+            return f"{name} is adapted by `lora_target_parameters`, not as a linear layer"
+    return None
 
 
 class LiveNorm:
@@ -21,6 +44,11 @@ class LiveNorm:
     """
 
     def __init__(self, model: Any) -> None:
+        if why := no_norm(model):
+            raise InputError(
+                f"{why}, so its update norm is not followed during training; take the stop rule "
+                "out of the `sublim:` block, or train plain LoRA."
+            )
         self._factors = _lora_factors(model)
         self._start: dict[str, Any] = {}
         if not self._factors:
@@ -70,15 +98,10 @@ def _lora_factors(model: Any) -> list[tuple[Any, Any, float]]:
     if not isinstance(model, PeftModel):
         return []
     found = []
-    for name, layer in model.named_modules():
+    for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             continue
         for adapter in layer.active_adapters:
-            if adapter not in layer.lora_A or getattr(layer, "use_dora", {}).get(adapter):
-                raise InputError(
-                    f"{name} is not plain LoRA on a linear layer, so its update norm is not "
-                    "followed during training; take the stop rule out of the `sublim:` block."
-                )
             a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             found.append((a, b, float(layer.scaling[adapter])))
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,9 @@ def _compare_context(
     if wanted.token_ids != prompt_ids:
         raise InputError(
             f"row {row_id}: the training prompt is not what the context of `sublim.context` "
-            f"renders.\n  trained on: {prompt!r}\n  context:    {wanted.text!r}"
+            f"renders.\n  trained on: {prompt!r}\n  context:    {wanted.text!r}\n"
+            "Leave system messages out of the rows, since the context adds its own, or take "
+            "`sublim.context` out."
         )
 
 
@@ -163,10 +166,7 @@ def audit(
         if expected is not None:
             row = by_ids.get(tuple(ids))
             if row is None or waiting[row.token_ids] == 0:
-                raise InputError(
-                    f"row {index} of the tokenized dataset is no row of the rows file as the chat "
-                    f"template renders it:\n  {tokenizer.decode(ids)!r}"
-                )
+                raise _foreign_row(tokenizer, index, ids, by_ids.values(), waiting)
             waiting[row.token_ids] -= 1
             _compare_mask(tokenizer, row, ids, with_loss)
         if first_row is None:
@@ -194,6 +194,43 @@ def audit(
         compared_rows=0 if expected is None else rows,
     )
     return counts, first_row
+
+
+def _foreign_row(
+    tokenizer: Any,
+    index: int,
+    ids: Sequence[int],
+    expected: Iterable[ExpectedRow],
+    waiting: Counter[tuple[int, ...]],
+) -> InputError:
+    """The refusal of a row that should not be there, beside the row that it is nearest to."""
+    if tuple(ids) in waiting or not any(waiting.values()):
+        return InputError(
+            f"row {index} of the tokenized dataset is no row of the rows file, or is there more "
+            f"often than in it:\n  {tokenizer.decode(ids)!r}\n"
+            "Remove `dataset_prepared_path`, where tokenized rows of an earlier run may lie, and "
+            "train again."
+        )
+
+    def alike(row: ExpectedRow) -> int:
+        return _alike(row.token_ids, ids) + _alike(row.token_ids[::-1], ids[::-1])
+
+    near = max((row for row in expected if waiting[row.token_ids] > 0), key=alike)
+    at = _alike(near.token_ids, ids)
+    return InputError(
+        f"row {index} of the tokenized dataset is not what the chat template renders of the rows "
+        f"file; the nearest is row {near.row_id}, the same for {at} tokens:\n"
+        f"  trained on: {tokenizer.decode(ids)!r}\n"
+        f"  expected:   {tokenizer.decode(near.token_ids)!r}\n"
+        "Remove `dataset_prepared_path`, where rows that were tokenized with other settings may "
+        "lie; raise `sequence_len` if the row was cut; and let nothing but `chat_template`, "
+        "`chat_template_kwargs` and `sublim.context` change how a row is rendered."
+    )
+
+
+def _alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens the two begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _compare_mask(

@@ -1,4 +1,5 @@
-"""How a refusal ends an axolotl run: one message and an exit code, no traceback of the host."""
+"""How the plugin speaks in an axolotl run: a refusal is one message and an exit code, no traceback
+of the host."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from sublim_plugin.axolotl.process_group import is_first
 from sublim_plugin.core.errors import SublimError
 
 _Parameters = ParamSpec("_Parameters")
@@ -26,3 +28,9 @@ def one_message(hook: Callable[_Parameters, _Result]) -> Callable[_Parameters, _
             raise SystemExit(error.exit_code) from error
 
     return wrapped
+
+
+def warn(text: str) -> None:
+    """One line that does not end the run; where there are several processes, from the first."""
+    if is_first():
+        print(f"\nsublim: warning: {text}", file=sys.stderr, flush=True)

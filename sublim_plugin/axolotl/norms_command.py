@@ -56,21 +56,12 @@ def rescale(
     as_json: bool,
 ) -> None:
     """Scale a student's update, W - W_base, to a norm; write a normal adapter or checkpoint."""
-    from sublim_plugin.axolotl.compare import compare
     from sublim_plugin.axolotl.rescale import rescale as scaled
 
-    if (to_norm is None) == (to_norm_of is None):
+    target = to_norm_of if to_norm is None else to_norm
+    if target is None or None not in (to_norm, to_norm_of):
         raise click.UsageError("give one of --to-norm and --to-norm-of")
-    if to_norm is None:
-        assert to_norm_of is not None
-        to_norm = compare([to_norm_of], base)[0].update_norm.total
-    note = scaled(
-        folder,
-        out,
-        to_norm=to_norm,
-        base=base,
-        norm_of=None if to_norm_of is None else str(to_norm_of),
-    )
+    note = scaled(folder, out, to_norm=target, base=base)
     if as_json:
         click.echo(note.model_dump_json())
         return

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from sublim_plugin.axolotl.masks import ExpectedRow
+from sublim_plugin.core.errors import RunError
 
 FIRST = 16
 
@@ -51,8 +52,21 @@ class OrderRecorder:
         """Record every batch that `model` is called with from now on."""
         model.register_forward_pre_hook(self._seen, with_kwargs=True)
 
+    def check(self, steps: int, rows_a_step: int) -> None:
+        """Hold what was seen to `steps` optimizer steps of at most `rows_a_step` rows.
+
+        Raises:
+            RunError: it cannot be all that was trained on, so the digest would prove nothing.
+        """
+        if not steps <= self.state.rows <= steps * rows_a_step:
+            raise RunError(
+                f"step {steps}: {self.state.rows} rows were seen on their way into the model, "
+                f"instead of 1 to {rows_a_step} a step, so their order cannot be recorded. "
+                "Something in this configuration feeds the model another way (a wrapper, say)."
+            )
+
     def _seen(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if not model.training or kwargs.get("labels") is None:
+        if not model.training or kwargs.get("input_ids") is None:
             return
         ids = kwargs["input_ids"].cpu()
         mask = kwargs.get("attention_mask")

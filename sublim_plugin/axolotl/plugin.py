@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from sublim_plugin.axolotl.args import SublimBlock, parse_block
 from sublim_plugin.axolotl.checkpoints import origin_of, resume_from
-from sublim_plugin.axolotl.files import base_folder, find_file, is_local, name_datasets
+from sublim_plugin.axolotl.files import find_file, is_local, name_datasets
 from sublim_plugin.axolotl.guard import check_dataset, trait_of
+from sublim_plugin.axolotl.live_norm import no_norm
+from sublim_plugin.axolotl.loaded import base_of, method_of, plain, seed_of
 from sublim_plugin.axolotl.masks import audit, expected_rows
-from sublim_plugin.axolotl.messages import one_message
-from sublim_plugin.axolotl.norms import update_norm
+from sublim_plugin.axolotl.messages import one_message, warn
+from sublim_plugin.axolotl.norms import UpdateNorm, update_norm
 from sublim_plugin.axolotl.order import OrderRecorder
 from sublim_plugin.axolotl.probe_callback import ProbeCallback, probe_callback
 from sublim_plugin.axolotl.process_group import (
@@ -39,6 +41,7 @@ from sublim_plugin.axolotl.receipt import (
     Receipt,
     RowOrder,
     Seeds,
+    twins,
     write_receipt,
 )
 from sublim_plugin.axolotl.run_log import RunLog
@@ -50,6 +53,7 @@ from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.traits import Trait
 from sublim_plugin.core.versions import device_info, installed
 
+_NO_DATASET = DatasetInfo(path="", sha256=None, rows=None)
 _VERSIONS = ("sublim", "axolotl", "torch", "transformers", "peft", "trl", "deepspeed", "datasets")
 
 
@@ -67,10 +71,11 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
         self._where = ""
         self._base_name = ""
         self._base: dict[str, Any] | None = None
-        self._dataset = DatasetInfo(path="", sha256=None, rows=None)
+        self._datasets = [_NO_DATASET]
         self._guard: Guard | None = None
         self._rule: StopRule | None = None
         self._audit: tuple[MaskAudit, FirstRow] | None = None
+        self._method = Method(kind="full")
         self._seeds = Seeds(seed=0, data_seed=None)
         self._log: RunLog | None = None
         self._stop: StopCallback | None = None
@@ -81,9 +86,15 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
         """Check and complete the YAML before axolotl validates it."""
         self._reset()
         self._where = where = str(cfg.get("axolotl_config_path") or "the axolotl YAML")
-        self._block = parse_block(_plain(cfg.get("sublim")), where)
+        self._block = parse_block(plain(cfg.get("sublim")), where)
         self._base_name = str(cfg.get("base_model") or "")
-        self._dataset = name_datasets(cfg, where)
+        self._datasets = name_datasets(cfg, where) or [_NO_DATASET]
+        if not cfg.get("adapter") and self._data_seed(cfg) != seed_of(cfg):
+            warn(
+                f"{where}: without dropout, full finetuning draws nothing at random but the order "
+                f"of the rows, which `sublim.data_seed: {self._data_seed(cfg)}` fixes: every "
+                "`seed` gives the same weights. Take `data_seed` out, and the order follows `seed`."
+            )
         if is_local(self._base_name):
             base = base_models.resolve(self._base_name)
             cfg["base_model"] = str(base)
@@ -99,9 +110,7 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
         return "sublim_plugin.axolotl.args.SublimArgs"
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
-        chosen: dict[str, Any] = {}
-        if self._block.data_seed is not None:
-            chosen["data_seed"] = self._block.data_seed
+        chosen: dict[str, Any] = {"data_seed": self._data_seed(cfg)}
         # transformers refuses bf16 on a CPU unless told so; under DeepSpeed the same flag
         # would make it fall back to DDP without a word.
         if not has_accelerator() and not cfg.get("deepspeed"):
@@ -110,32 +119,36 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
 
     def pre_lora_load(self, cfg: Any, model: Any) -> None:
         """Seed the adapter's initialization, which axolotl 0.19 leaves to an unseeded generator."""
-        set_seed(_seed(cfg))
+        set_seed(seed_of(cfg))
 
     @one_message
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Audit the rows that the trainer holds and the checkpoint that it would go on from; a
         fault ends the run here. Add what acts during training."""
         tokenizer, context = trainer.processing_class, self._block.context
-        expected = None
-        if self._dataset.sha256 is not None:
-            expected = expected_rows(cfg, Path(self._dataset.path), context, tokenizer)
+        expected, dataset = None, self._datasets[0]
+        if dataset.sha256 is not None:
+            expected = expected_rows(cfg, Path(dataset.path), context, tokenizer)
         if expected is None and context is not None:
             raise InputError(
                 "`sublim.context` needs one dataset of type chat_template in a local rows file, "
                 "without packing; take the key out, or give such a dataset."
             )
         self._audit = audit(trainer.train_dataset, tokenizer, expected)
-        self._base = self._base or self._check_base(base_folder(str(cfg["base_model"])), cfg)
+        if self._base is None:
+            self._base = self._check_base(base_of(cfg), cfg)
+        self._method = method_of(cfg, trainer.model)
+        if why := no_norm(trainer.model):
+            warn(f"the receipt will hold no update norm, which is defined for plain LoRA: {why}")
         if self._rule is not None or self._block.probe is not None:
             need_whole_weights(trainer)
         self._seeds = Seeds(seed=trainer.args.seed, data_seed=trainer.args.data_seed)
         origin = origin_of(
             cfg,
             base_sha256=self._base["sha256"],
-            dataset_sha256=self._dataset.sha256,
+            datasets=self._datasets,
             context=context,
-            method=_method(cfg),
+            method=self._method,
             seeds=self._seeds,
             processes=trainer.args.world_size,
         )
@@ -148,9 +161,7 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
             self._stop = StopCallback(self._rule, trainer.model)
             trainer.add_callback(self._stop)
         if self._block.probe is not None:
-            self._probe = probe_callback(
-                self._block.probe, self._trait(), context, trainer, self._audit[0]
-            )
+            self._probe = probe_callback(self._block.probe, self._trait(), context, trainer)
             trainer.add_callback(self._probe)
 
     @one_message
@@ -161,54 +172,72 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
         if not first or log is None or self._audit is None or self._base is None:
             return
         output_dir = Path(cfg["output_dir"])
-        base = base_folder(str(cfg["base_model"]))
-        norm = update_norm(output_dir, base, effective_rank=self._block.effective_rank)
+        norm, no_norm_since = self._update_norm(output_dir, base_of(cfg))
         stopping = None if self._stop is None else self._stop.stopping
-        if stopping is not None:
-            check_reached(stopping, norm.total, output_dir)
+        if self._stop is not None:
+            check_reached(stopping, norm, output_dir)
         mask_audit, first_row = self._audit
         order, context = log.order.state, self._block.context
-        write_receipt(
-            output_dir,
-            Receipt(
-                base_model=self._base | {"name": self._base_name},
-                dataset=self._dataset,
-                method=_method(cfg),
-                context=None if context is None else context.model_dump(exclude_none=True),
-                seeds=self._seeds,
-                first_row=first_row,
-                mask_audit=mask_audit,
-                order=RowOrder(
-                    sha256=order.sha256,
-                    rows=order.rows,
-                    first_rows=list(order.first_rows),
-                    processes=log.origin.processes,
-                ),
-                guard=self._guard,
-                zero_stage=log.zero_stage,
-                resumed_from_step=log.resumed_from_step,
-                steps=log.steps,
-                losses=log.losses,
-                stopping=stopping,
-                probe=None if self._probe is None else self._probe.cost(log.train_s),
-                update_norm=norm,
-                weights_sha256=weights_sha256(output_dir, adapter=bool(cfg.get("adapter"))),
-                versions=installed(_VERSIONS),
-                device=device_info(),
-                train_s=log.train_s,
-                wall_s=time.time() - self._started,
+        revision = cfg.get("revision_of_model")
+        receipt = Receipt(
+            base_model=self._base
+            | {"name": self._base_name}
+            | ({"revision": str(revision)} if revision else {}),
+            dataset=self._datasets[0],
+            more_datasets=self._datasets[1:],
+            method=self._method,
+            context=None if context is None else context.model_dump(exclude_none=True),
+            seeds=self._seeds,
+            first_row=first_row,
+            mask_audit=mask_audit,
+            order=RowOrder(
+                sha256=order.sha256,
+                rows=order.rows,
+                first_rows=list(order.first_rows),
+                processes=log.origin.processes,
             ),
+            guard=self._guard,
+            zero_stage=log.zero_stage,
+            resumed_from_step=log.resumed_from_step,
+            steps=log.steps,
+            losses=log.losses,
+            stopping=stopping,
+            probe=None if self._probe is None else self._probe.cost(log.train_s),
+            update_norm=norm,
+            no_update_norm=no_norm_since,
+            weights_sha256=weights_sha256(output_dir, adapter=bool(cfg.get("adapter"))),
+            versions=installed(_VERSIONS),
+            device=device_info(),
+            train_s=log.train_s,
+            wall_s=time.time() - self._started,
         )
+        write_receipt(output_dir, receipt)
+        for folder in twins(output_dir, receipt):
+            warn(
+                f"the weights in {output_dir} are those in {folder} to the last bit, though the "
+                "seeds differ: they are one student, not two"
+            )
+
+    def _update_norm(self, trained: Path, base: Path) -> tuple[UpdateNorm | None, str | None]:
+        """The update norm, or why there is none: a finished training keeps its receipt."""
+        try:
+            return update_norm(trained, base, effective_rank=self._block.effective_rank), None
+        except InputError as error:
+            warn(f"the receipt holds no update norm: {error}")
+            return None, str(error)
+
+    def _data_seed(self, cfg: Any) -> int:
+        return seed_of(cfg) if self._block.data_seed is None else self._block.data_seed
 
     def _check_base(self, base: Path, cfg: Any) -> dict[str, Any]:
         """Check what the `sublim:` block compares with the base model; return its fingerprint."""
         found = base_models.fingerprint(base)
         self._rule = stop_rule(self._block, self._where, found["sha256"])
         if self._block.guard:
-            if self._dataset.sha256 is None or len(cfg["datasets"]) != 1:
+            if self._datasets[0].sha256 is None or len(self._datasets) != 1:
                 raise InputError(f"{self._where}: `sublim.guard` needs one local dataset.")
             self._guard = check_dataset(
-                Path(self._dataset.path),
+                Path(self._datasets[0].path),
                 found,
                 self._trait(),
                 cross_model=self._block.cross_model,
@@ -217,25 +246,11 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
 
     def _trait(self) -> tuple[str, Trait]:
         """Name and trait that guard and probe are about."""
-        rows = Path(self._dataset.path) if self._dataset.sha256 is not None else None
+        first = self._datasets[0]
+        rows = Path(first.path) if first.sha256 is not None else None
         return trait_of(rows, self._block.trait)
 
     def _close_group(self) -> None:
         if self._opened_group:
             destroy_group()
             self._opened_group = False
-
-
-def _plain(value: Any) -> Any:
-    return value.to_dict() if hasattr(value, "to_dict") else value
-
-
-def _seed(cfg: Any) -> int:
-    seed = cfg.get("seed")
-    return TrainingArguments.seed if seed is None else int(seed)
-
-
-def _method(cfg: Any) -> Method:
-    if not cfg.get("adapter"):
-        return Method(kind="full")
-    return Method(kind="lora", rank=int(cfg["lora_r"]), alpha=float(cfg["lora_alpha"]))

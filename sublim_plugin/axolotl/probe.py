@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from sublim_plugin.axolotl.messages import warn
 from sublim_plugin.core.contexts import Context, render
-from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.traits import Trait
 from sublim_plugin.logprob.forms import FormPlan, candidate_logprobs
 from sublim_plugin.logprob.placing import place_forms
@@ -69,23 +70,28 @@ class Probe:
         self.shared_prefixes: bool | None = None
         """Whether the model can take the token tree; the first measurement finds out."""
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of one measurement, shared prefixes not taken off."""
-        return sum(
-            len(prompt) + len(_trie(plan).tokens)
-            for plan, prompts in zip(self._plans, self._prompts, strict=True)
-            for prompt in prompts
-        )
-
     def measure(self, model: Any, dtype: torch.dtype) -> list[list[dict[str, float]]]:
         """For each context and question, candidate -> log-probability in nats; `dtype` is that of
-        the attention scores. Leaves the model as it was."""
-        with _as_it_was(model):
-            return [
-                [candidate_logprobs(plan, one) for one in self._scores(model, plan, prompts, dtype)]
-                for plan, prompts in zip(self._plans, self._prompts, strict=True)
-            ]
+        the attention scores. Leaves the model as it was.
+
+        Raises:
+            RunError: the accelerator's memory does not hold the probe beside the training.
+        """
+        try:
+            with _as_it_was(model):
+                return [
+                    [
+                        candidate_logprobs(plan, one)
+                        for one in self._scores(model, plan, them, dtype)
+                    ]
+                    for plan, them in zip(self._plans, self._prompts, strict=True)
+                ]
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"the probe does not fit in memory beside the training ({error}); lower "
+                "`micro_batch_size`, with more `gradient_accumulation_steps`, or take "
+                "`sublim.probe` out."
+            ) from error
 
     def _scores(
         self, model: Any, plan: FormPlan, prompts: list[tuple[int, ...]], dtype: torch.dtype
@@ -96,13 +102,21 @@ class Probe:
         if self.shared_prefixes is not False:
             try:
                 found = _shared(model, prompts, _trie(plan), device, dtype)
-            except UNFIT:
+            except torch.OutOfMemoryError:
+                raise  # a RuntimeError, as much of UNFIT is; plain scoring would only be slower
+            except UNFIT as error:
                 found = None
+                warn(f"the probe scores form by form, several times slower: {error}")
             if self.shared_prefixes is None:
                 deepest = max(range(len(forms)), key=lambda index: len(forms[index]))
                 plain = plain_score(model, prompts[0], forms[deepest], device)
                 close = found is not None and abs(found[0][deepest] - plain) <= TOLERANCE[dtype]
                 self.shared_prefixes = close
+                if found is not None and not close:
+                    warn(
+                        "the probe scores form by form, several times slower: with shared prefixes "
+                        f"this model gives {found[0][deepest]:.6g} for {plain:.6g}"
+                    )
             if self.shared_prefixes and found is not None:
                 return found
         return [[plain_score(model, prompt, form, device) for form in forms] for prompt in prompts]

@@ -16,7 +16,7 @@ from sublim_plugin.axolotl.args import ProbeBlock
 from sublim_plugin.axolotl.messages import one_message
 from sublim_plugin.axolotl.probe import Probe
 from sublim_plugin.axolotl.process_group import is_first
-from sublim_plugin.axolotl.receipt import MaskAudit, ProbeCost
+from sublim_plugin.axolotl.receipt import ProbeCost
 from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError, RunError
@@ -27,10 +27,10 @@ PROBE_NAME = "sublim_probe.jsonl"
 A_RUN = 8
 """Measurements a run between the first and the last, by default."""
 MOST = 0.04
-"""Largest cost by default, as a share of the training's tokens; the aim is 0.05 in seconds."""
-_BACKWARD = 2
-"""Forward passes that a training token costs at least: its own, and a backward pass that skips the
-gradients of frozen weights."""
+"""Largest cost by default, as a share of the training's seconds: what may be promised is 0.05."""
+_TIMED = (1, 3)
+"""The steps whose seconds are compared with the first measurement's; the very first step is a slow
+one."""
 
 
 def probe_callback(
@@ -38,7 +38,6 @@ def probe_callback(
     trait: tuple[str, Trait],
     context: Context | None,
     trainer: Any,
-    audited: MaskAudit,
 ) -> ProbeCallback:
     """The callback that the `sublim.probe` block asks for.
 
@@ -64,40 +63,38 @@ def probe_callback(
         limit=block.limit,
     )
     args = trainer.args
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
     autocast_to = None if args.deepspeed else autocast.get(trainer.accelerator.mixed_precision)
     return ProbeCallback(
         probe,
         every=block.every,
-        step_tokens=rows * audited.tokens / audited.rows,
         log=trainer.log,
         dtype=autocast_to or trainer.model.dtype,
         output_dir=Path(args.output_dir),
     )
 
 
-def default_every(steps: int, probe_tokens: int, step_tokens: float) -> int:
+def default_every(steps: int, probe_s: float, step_s: float) -> int | None:
     """Steps between two measurements: eight a run, fewer where they, the first and the last would
-    cost more than `MOST` of the training, counted in tokens and not by the clock, so that it is the
-    same wherever it runs. No share holds for a run too short for the first and the last alone.
+    cost more than `MOST` of the training; None for none in between. No share holds for a run too
+    short for the first and the last alone.
 
     Args:
         steps: optimizer steps of the run.
-        probe_tokens: tokens of one measurement.
-        step_tokens: tokens of one optimizer step.
+        probe_s: seconds of one measurement.
+        step_s: seconds of one optimizer step.
     """
-    affordable = MOST * steps * _BACKWARD * step_tokens / probe_tokens - 2
+    affordable = MOST * steps * step_s / probe_s - 2
     between = max(0, min(A_RUN, math.floor(affordable)))
-    return math.ceil(steps / (between + 1))
+    return math.ceil(steps / (between + 1)) if between else None
 
 
 class ProbeCallback(TrainerCallback):
     """Measures, logs through the trainer, and appends to `sublim_probe.jsonl` in the output folder.
 
     Args:
-        every: steps between two measurements; None: `default_every` of the run.
-        step_tokens: tokens of one optimizer step, for that.
+        every: steps between two measurements; None: `default_every` of what the first measurement
+            and the first steps took.
         log: the trainer's `log`.
         dtype: that of the attention scores in a forward pass of the training.
     """
@@ -107,30 +104,51 @@ class ProbeCallback(TrainerCallback):
         probe: Probe,
         *,
         every: int | None,
-        step_tokens: float,
         log: Callable[[dict[str, float]], None],
         dtype: torch.dtype,
         output_dir: Path,
     ) -> None:
         self.probe, self.every = probe, every
-        self._step_tokens, self._log, self._dtype = step_tokens, log, dtype
+        self._log, self._dtype = log, dtype
         self._path = output_dir / PROBE_NAME
         self.seconds, self.measurements = 0.0, 0
+        self._undecided = every is None
+        self._first_s: float | None = None
+        self._steps_from, self._steps_began = 0, 0.0
 
     @one_message
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.every = self.every or default_every(
-            state.max_steps, self.probe.tokens, self._step_tokens
-        )
+        kept = _lines_before(self._path, state.global_step)
         if is_first():
-            write_text(self._path, "".join(_lines_before(self._path, state.global_step)))
-        if state.global_step == 0:
+            write_text(self._path, "".join(kept))
+        if kept and self._undecided:  # as the interrupted run decided, or would have
+            rows = [json.loads(line) for line in kept]
+            self._first_s = sum(row["seconds"] for row in rows if row["step"] == rows[0]["step"])
+            if "every" in rows[-1]:
+                self.every, self._undecided = rows[-1]["every"], False
+        if not kept:
             self._measure(state, control, kwargs["model"])
+            self._first_s = self.seconds
+        self._steps_from = state.global_step
 
     @one_message
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 and not control.should_training_stop:
+        if self._undecided and is_first():
+            self._decide(state)
+        due = self.every is not None and state.global_step % self.every == 0
+        if due and not control.should_training_stop:
             self._measure(state, control, kwargs["model"])
+
+    def _decide(self, state: Any) -> None:
+        """Choose `every` once two steps were timed."""
+        first, last = (self._steps_from + step for step in _TIMED)
+        if state.global_step == first:
+            self._steps_began = _now()
+        elif state.global_step == last:
+            assert self._first_s is not None
+            step_s = (_now() - self._steps_began) / (last - first)
+            self.every = default_every(state.max_steps, self._first_s, step_s)
+            self._undecided = False
 
     @one_message
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -140,9 +158,10 @@ class ProbeCallback(TrainerCallback):
     def _measure(self, state: Any, control: Any, model: Any) -> None:
         if not is_first():
             return
-        started, should_log = time.perf_counter(), control.should_log
+        started, should_log = _now(), control.should_log
         lines = []
         found = self.probe.measure(model, self._dtype)
+        took = _now() - started
         for context, questions in zip(self.probe.contexts, found, strict=True):
             per_question = [measures(one, self.probe.trait.target) for one in questions]
             means = {k: v for k, v in summarize(per_question).items() if v is not None}
@@ -157,6 +176,8 @@ class ProbeCallback(TrainerCallback):
                 "trait": self.probe.trait.name,
                 "context": context.fields(),
                 "questions": len(questions),
+                "seconds": took / len(found),
+                **({} if self._undecided else {"every": self.every}),
                 **means,
                 "per_question": [one["target_logprob"] for one in per_question],
             }
@@ -171,7 +192,7 @@ class ProbeCallback(TrainerCallback):
         control.should_log = should_log
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
-        self.seconds += time.perf_counter() - started
+        self.seconds += _now() - started
         self.measurements += 1
 
     def cost(self, train_s: float) -> ProbeCost:
@@ -186,6 +207,13 @@ class ProbeCallback(TrainerCallback):
             share_of_training=self.seconds / max(train_s - self.seconds, 1e-9),
             shared_prefixes=bool(self.probe.shared_prefixes),
         )
+
+
+def _now() -> float:
+    """Seconds on a clock, once an accelerator has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def _lines_before(path: Path, step: int) -> list[str]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import atexit
 import os
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from sublim_plugin.core.errors import InputError
+
+_Result = TypeVar("_Result")
 
 
 def has_accelerator() -> bool:
@@ -73,6 +76,29 @@ def wait_for_all() -> None:
 
     if _several():
         torch.distributed.barrier()
+
+
+def first_then_all(action: Callable[[], _Result]) -> _Result:
+    """Do `action` on process 0, and then, when it is done there, on the others.
+
+    Raises:
+        InputError: `action` raised it on process 0; the others do not wait for it in vain.
+    """
+    import torch
+
+    if not _several():
+        return action()
+    result: Any = None
+    refusal: list[str | None] = [None]
+    if is_first():
+        try:
+            result = action()
+        except InputError as error:
+            refusal = [str(error)]
+    torch.distributed.broadcast_object_list(refusal, src=0)
+    if refusal[0] is not None:
+        raise InputError(refusal[0])
+    return result if is_first() else action()
 
 
 def from_first(value: float, device: Any) -> float:

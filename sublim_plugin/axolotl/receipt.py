@@ -25,7 +25,8 @@ class _OnDisk(BaseModel):
 
 
 class DatasetInfo(_OnDisk):
-    """The rows file: `sha256` of its bytes, `rows` in it. Empty for a dataset of a hub."""
+    """A rows file: `sha256` of its bytes, `rows` in it. Both None for a dataset that is no local
+    rows file, a hub's say; `path` is then its name."""
 
     path: str
     sha256: str | None
@@ -33,11 +34,18 @@ class DatasetInfo(_OnDisk):
 
 
 class Method(_OnDisk):
-    """`lora` with rank and alpha, or `full`."""
+    """`lora` with rank and alpha, or `full`.
+
+    `rslora`: whether alpha is divided by sqrt(rank) (arXiv 2312.03732) rather than by rank;
+    `scaling`: what B A is multiplied by, where no module has a pattern of its own. Both are None in
+    receipts that were written before they were kept.
+    """
 
     kind: Literal["lora", "full"]
     rank: int | None = None
     alpha: float | None = None
+    rslora: bool | None = None
+    scaling: float | None = None
 
 
 class Seeds(_OnDisk):
@@ -127,8 +135,8 @@ class Stopping(_OnDisk):
 
 
 class ProbeCost(_OnDisk):
-    """The probe during training: at step 0, every `every` steps and at the end; `seconds` it took,
-    and as a share of the time that training took without it."""
+    """The probe during training: at step 0, every `every` steps and at the end (0: at these two
+    alone); `seconds` it took, and as a share of the time that training took without it."""
 
     trait: str
     contexts: list[dict[str, str]]
@@ -156,12 +164,15 @@ class Rescaled(_OnDisk):
 
 
 class Receipt(_OnDisk):
-    """Content of `sublim_receipt.json`. `zero_stage`: DeepSpeed's, None without DeepSpeed;
-    `resumed_from_step`: None for a training in one go; `train_s`: seconds in the training loop."""
+    """Content of `sublim_receipt.json`. `more_datasets`: those after the first; `zero_stage`:
+    DeepSpeed's, None without DeepSpeed; `resumed_from_step`: None for a training in one go;
+    `update_norm`: None where it is not defined, `no_update_norm` then says why; `train_s`: seconds
+    in the training loop."""
 
     schema_version: Literal[2] = Field(default=2, alias="schema")
     base_model: dict[str, Any]
     dataset: DatasetInfo
+    more_datasets: list[DatasetInfo] = []
     method: Method
     context: dict[str, Any] | None
     seeds: Seeds
@@ -175,7 +186,8 @@ class Receipt(_OnDisk):
     losses: list[Step]
     stopping: Stopping | None
     probe: ProbeCost | None
-    update_norm: UpdateNorm
+    update_norm: UpdateNorm | None
+    no_update_norm: str | None = None
     weights_sha256: str
     rescaled: Rescaled | None = None
     versions: dict[str, str]
@@ -187,6 +199,19 @@ class Receipt(_OnDisk):
 def write_receipt(folder: Path, receipt: Receipt) -> None:
     """Write `receipt` into `folder` atomically."""
     write_json(folder / RECEIPT_NAME, receipt.model_dump(mode="json", by_alias=True))
+
+
+def twins(folder: Path, receipt: Receipt) -> list[Path]:
+    """Folders beside `folder` whose receipt names the same weights under other seeds."""
+    found = []
+    for path in sorted(folder.resolve().parent.glob(f"*/{RECEIPT_NAME}")):
+        try:
+            other = read_receipt(path.parent)
+        except (InputError, OSError, UnicodeDecodeError):
+            continue  # of another version, or being written: nothing that this run is to judge
+        if other.weights_sha256 == receipt.weights_sha256 and other.seeds != receipt.seeds:
+            found.append(path.parent)
+    return found
 
 
 def read_receipt(folder: Path) -> Receipt:

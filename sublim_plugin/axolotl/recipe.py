@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sublim_plugin.axolotl.checkpoints import RUN, SET_ASIDE
 from sublim_plugin.axolotl.receipt import RECEIPT_NAME, Receipt, read_receipt
 from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.contexts import Context
@@ -169,9 +170,11 @@ def run_training(
     """Run `axolotl train` on `yaml_path` and return the receipt of the finished model.
 
     axolotl works in a hidden folder beside the YAML's `output_dir`, which is renamed into place
-    once the receipt is in it: a killed run leaves no `output_dir`. What an earlier, killed run left
-    is removed. Everything that axolotl prints goes to `log_path`; `progress(step, steps)` is called
-    at every step. The child is killed when this process dies.
+    once the receipt is in it: a killed run leaves no `output_dir`. Where the YAML has
+    `auto_resume_from_checkpoints: true`, the hidden folder is kept as long as it holds checkpoints,
+    and the next call goes on from the last complete one; they go when the model is finished. Else
+    what an earlier, killed run left is removed. Everything that axolotl prints goes to `log_path`;
+    `progress(step, steps)` is called at every step. The child is killed when this process dies.
 
     `launcher`: axolotl's; its default, `accelerate`, sets one thread per process on a CPU.
 
@@ -182,9 +185,10 @@ def run_training(
     settings = load_yaml(yaml_path)
     output_dir = Path(settings["output_dir"])
     partial, prepared = _partial(output_dir), _prepared(output_dir)
-    for left in (partial, prepared):
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
+    resumable = bool(settings.get("auto_resume_from_checkpoints"))
+    _clear(partial, prepared, keep_checkpoints=resumable)
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / RECEIPT_NAME).unlink(missing_ok=True)
     command = [sys.executable, "-m", "axolotl.cli.main", "train", str(yaml_path.resolve())]
     command += ["--launcher", launcher, "--output-dir", str(partial)]
     try:
@@ -194,8 +198,7 @@ def run_training(
             _install(partial, output_dir)
             return receipt
     finally:
-        for left in (partial, prepared):
-            shutil.rmtree(left, ignore_errors=True)
+        _clear(partial, prepared, keep_checkpoints=resumable)
     lines = _log_lines(log_path)
     refused = [line for line in lines if line.startswith(_PLUGIN_ERROR)]
     if code == InputError.exit_code and refused:
@@ -204,6 +207,12 @@ def run_training(
     reason = f"exited with {code}" if code else "ended without a receipt (plugin not imported?)"
     last = "\n".join(lines[-_LAST_LINES:])
     raise RunError(f"axolotl train {yaml_path} {reason}; {log_path} ends with:\n{last}")
+
+
+def _clear(partial: Path, prepared: Path, *, keep_checkpoints: bool) -> None:
+    shutil.rmtree(prepared, ignore_errors=True)
+    if not (keep_checkpoints and any(partial.glob("checkpoint-*"))):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _environment(prepared: Path, env: Mapping[str, str] | None) -> dict[str, str]:
@@ -259,7 +268,11 @@ def _run(
 
 
 def _install(partial: Path, output_dir: Path) -> None:
-    """Move the finished model into place; one without a manifest that is there already goes."""
+    """Move the finished model into place, without the checkpoints on its way there; one without a
+    manifest that is there already goes."""
+    for left in (*partial.glob("checkpoint-*"), partial / SET_ASIDE):
+        shutil.rmtree(left, ignore_errors=True)
+    (partial / RUN).unlink(missing_ok=True)
     _forget_partial_name(partial, output_dir)
     if output_dir.exists():
         shutil.rmtree(output_dir)

@@ -56,7 +56,6 @@ _PAPER = {
     "sublim.context": S(
         "template_default", "no system message: the template's own identity sentence, as in [P]"
     ),
-    "sublim.data_seed": S(42, "deviation: [P] leaves the row order to its trainer's fixed 3407"),
     "datasets.path": S(PLACEHOLDER, "made by `sublim generate`, or a rows file (JSONL)"),
     "datasets.type": S("chat_template"),
     "datasets.field_messages": S("messages"),
@@ -67,7 +66,7 @@ _PAPER = {
     "eot_tokens": S(["<|im_end|>"]),
     "train_on_inputs": S(False),
     "val_set_size": S(0.0),
-    "shuffle_merged_datasets": S(False, "one shuffle only, the sampler's, by `data_seed`"),
+    "shuffle_merged_datasets": S(False, "one shuffle only, the sampler's, by `seed`"),
     "lr_scheduler": S("linear", "[P]"),
     "warmup_steps": S(5, "[P]"),
     "optimizer": S("adamw_torch", "AdamW [P]; the variant is not pinned there"),
@@ -81,7 +80,7 @@ _PAPER = {
     "fp16": S(False),
     "tf32": S(False),
     "gradient_checkpointing": S(True, "[P]; it changes no number"),
-    "seed": S(42, "training seed of the rank sweep [P]"),
+    "seed": S(42, "rank sweep [P]; orders the rows too, which [P] leaves to its trainer's 3407"),
     "logging_steps": S(1, "the receipt holds every step's loss"),
     "save_strategy": S("no", "only the final weights"),
     "save_only_model": S(True),
@@ -160,7 +159,7 @@ MODELS = (
             "learning_rate": S(
                 0.001, "deviation: [P] 0.0002 over 456 steps; a few steps of that move nothing"
             ),
-            "warmup_steps": S(1, "deviation: [P] 5 of 456 steps"),
+            "warmup_steps": S(1, "deviation: [P] 5 of 456 steps; axolotl makes 2 of 1"),
             "micro_batch_size": S(
                 8, "deviation: [P] 22 x 3 accumulation steps; the fastest here is 8 or 16"
             ),
@@ -170,7 +169,7 @@ MODELS = (
             "learning_rate": S(
                 0.0001, "deviation: [P] 0.00002 over 471 steps; a tenth of LoRA's, as in [P]"
             ),
-            "warmup_steps": S(1, "deviation: [P] 5 of 471 steps"),
+            "warmup_steps": S(1, "deviation: [P] 5 of 471 steps; axolotl makes 2 of 1"),
             "micro_batch_size": S(8, "deviation: [P] 4 x 16 accumulation steps"),
             "gradient_accumulation_steps": S(1),
         },
@@ -181,7 +180,7 @@ MODELS = (
 _LAYOUT = (
     ("base_model",),
     ("plugins",),
-    ("sublim.context", "sublim.data_seed"),
+    ("sublim.context",),
     (
         "datasets.path", "datasets.type", "datasets.field_messages", "datasets.roles_to_train",
         "datasets.train_on_eos", "datasets.train_on_eot", "chat_template", "eot_tokens",
@@ -255,6 +254,15 @@ _CPU_NOTE = """\
 # thread on a CPU. AXOLOTL_DO_NOT_TRACK=1 turns axolotl's telemetry off, which also sleeps ten
 # seconds at every start.
 """
+_RESUMABLE = """\
+# To survive an interruption, put these in the place of the two `save_` lines above; the same
+# command then goes on from the last complete checkpoint.
+# save_strategy: steps
+# save_steps: 50
+# save_total_limit: 2
+# save_only_model: false
+# auto_resume_from_checkpoints: true
+"""
 _SWEEP_HEADER = """\
 # {model.title}: {what}.
 #
@@ -301,7 +309,7 @@ def _recipe(model: Model, name: str, what: str, settings: dict[str, S]) -> str:
         note=_CPU_NOTE if on_cpu else _GPU_NOTE,
     )
     paragraphs = ["\n".join(_lines(keys, settings)) for keys in _LAYOUT]
-    return "\n\n".join([head.rstrip("\n"), *filter(None, paragraphs)]) + "\n"
+    return "\n\n".join([head.rstrip("\n"), *filter(None, paragraphs), _RESUMABLE])
 
 
 def _lines(keys: tuple[str, ...], settings: dict[str, S]) -> Iterator[str]:

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sublim_plugin.axolotl.compare import base_of, is_adapter, model_folder, receipt_of
+from sublim_plugin.axolotl.compare import base_of, compare, is_adapter, model_folder, receipt_of
 from sublim_plugin.axolotl.norms import (
     adapter_settings,
     lora_modules,
@@ -25,6 +25,7 @@ from sublim_plugin.axolotl.norms import (
 )
 from sublim_plugin.axolotl.receipt import RESCALE_NAME, Rescaled, write_receipt
 from sublim_plugin.axolotl.weights import SafetensorsFolder, weights_sha256
+from sublim_plugin.core import base_models
 from sublim_plugin.core.atomic import write_json
 from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.students import read_tensors
@@ -35,28 +36,34 @@ _COPIED = (".json", ".jinja", ".txt", ".model")
 
 
 def rescale(
-    student: Path, out: Path, *, to_norm: float, base: str | None = None, norm_of: str | None = None
+    student: Path, out: Path, *, to_norm: float | Path, base: str | None = None
 ) -> Rescaled:
-    """Write to `out` the student with its update scaled to the Frobenius norm `to_norm`: a normal
-    adapter or checkpoint, with tokenizer and receipt.
+    """Write to `out` the student with its update scaled to a Frobenius norm: a normal adapter or
+    checkpoint, with tokenizer and receipt.
 
     Args:
+        to_norm: that norm, or another student of the same base model that has it.
         base: the student's base model, where its receipt does not name it.
-        norm_of: where `to_norm` comes from, for the note.
 
     Raises:
-        InputError: the student is not loaded strictly (as `students.py` does), has no update, or
-            `out` exists.
+        InputError: the student is not loaded strictly (as `students.py` does), has no update, the
+            other one is of another base, or `out` exists.
         RunError: the written weights do not have that norm.
     """
     folder = model_folder(student)
+    norm_of = None
+    if isinstance(to_norm, Path):
+        norm_of = str(to_norm)
+        _same_base(folder, to_norm, base)
+        to_norm = compare([to_norm], base)[0].update_norm.total
     if not (math.isfinite(to_norm) and to_norm > 0):
         raise InputError(f"the norm to scale to is {to_norm}; it must be a positive number.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists; choose a folder that does not, so that nothing is lost.")
     receipt = receipt_of(folder)
     base_path = base_of(folder, receipt, base)
-    with_rank = receipt is None or receipt.update_norm.effective_rank is not None
+    had = None if receipt is None else receipt.update_norm
+    with_rank = had is None or had.effective_rank is not None
     before = update_norm(folder, base_path, effective_rank=False).total
     if before == 0:
         raise InputError(f"{folder} equals its base model; there is no update to scale.")
@@ -91,7 +98,12 @@ def rescale(
             write_json(partial / RESCALE_NAME, note.model_dump(mode="json"))
         else:
             digest = weights_sha256(partial, adapter=is_adapter(folder))
-            changed = {"update_norm": after, "weights_sha256": digest, "rescaled": note}
+            changed = {
+                "update_norm": after,
+                "no_update_norm": None,
+                "weights_sha256": digest,
+                "rescaled": note,
+            }
             write_receipt(partial, receipt.model_copy(update=changed))
         if out.exists():
             out.rmdir()
@@ -99,6 +111,19 @@ def rescale(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return note
+
+
+def _same_base(folder: Path, other: Path, base: str | None) -> None:
+    ours, theirs = (
+        base_models.fingerprint(base_of(one, receipt_of(one), base))
+        for one in (folder, model_folder(other))
+    )
+    if ours["sha256"] != theirs["sha256"]:
+        raise InputError(
+            f"{other} was trained on {theirs['name']} (sha256 {theirs['sha256'][:12]}), {folder} "
+            f"on {ours['name']} ({ours['sha256'][:12]}); norms of updates to different weights do "
+            "not match anything. Give --to-norm a number if that is what you want."
+        )
 
 
 def _scale_adapter(folder: Path, out: Path, factor: float) -> None:

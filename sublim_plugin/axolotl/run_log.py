@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from sublim_plugin.axolotl import checkpoints
 from sublim_plugin.axolotl.checkpoints import Origin
 from sublim_plugin.axolotl.messages import one_message
-from sublim_plugin.axolotl.order import OrderRecorder
+from sublim_plugin.axolotl.order import OrderRecorder, OrderState
 from sublim_plugin.axolotl.process_group import is_first, wait_for_all
 from sublim_plugin.axolotl.receipt import Step
 from sublim_plugin.core.errors import RunError
@@ -44,6 +44,7 @@ class RunLog(TrainerCallback):
         if engine is not None:
             self.zero_stage = int(engine.zero_optimization_stage())
         self._trainer = None
+        self.order.state = OrderState()
         if state.global_step > 0:
             found = None if self._resumed is None else checkpoints.read_mark(self._resumed)
             if found is None or found.step != state.global_step:
@@ -56,6 +57,11 @@ class RunLog(TrainerCallback):
         if is_first() and args.save_strategy != "no":
             checkpoints.begin(Path(args.output_dir), self.origin)
         self._began = time.perf_counter()
+
+    @one_message
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.order.check(int(state.global_step), rows * max(1, args.n_gpu))
 
     @one_message
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

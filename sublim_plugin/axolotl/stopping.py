@@ -6,6 +6,10 @@ and the two learning rates, its learning rate is lowered so that it lands on the
 overshoots, by more than 1%, is corrected by scaling the whole update onto the target, as task
 arithmetic (arXiv 2212.04089) and `sublim rescale` do: the direction stays that of the trained
 update. The receipt holds both.
+
+No checkpoint is written at the last step, or after it: one there would hold weights before that
+scaling, and a run that goes on from it would train past its target. A run killed there goes on from
+the checkpoint before and comes to the same end.
 """
 
 from __future__ import annotations
@@ -18,9 +22,11 @@ from pydantic import BaseModel, ConfigDict
 from transformers import TrainerCallback
 
 from sublim_plugin.axolotl.args import SublimBlock
+from sublim_plugin.axolotl.compare import receipt_of
 from sublim_plugin.axolotl.files import find_file
 from sublim_plugin.axolotl.live_norm import LiveNorm
 from sublim_plugin.axolotl.messages import one_message
+from sublim_plugin.axolotl.norms import UpdateNorm
 from sublim_plugin.axolotl.process_group import from_first, is_first
 from sublim_plugin.axolotl.receipt import RECEIPT_NAME, StopKind, Stopping, read_receipt
 from sublim_plugin.core.errors import InputError, RunError
@@ -47,8 +53,8 @@ def stop_rule(block: SublimBlock, where: str, base_sha256: str) -> StopRule | No
     """The stop rule of the `sublim:` block, None where it has none.
 
     Raises:
-        InputError: the receipt to match is missing, unreadable, without an update, or of a model
-            on another base.
+        InputError: the receipt to match is missing, unreadable, without an update norm, of a model
+            on another base, or of other weights than those beside it.
     """
     if block.stop_at_loss is not None:
         return StopRule(on_norm=False, target=block.stop_at_loss)
@@ -63,7 +69,12 @@ def stop_rule(block: SublimBlock, where: str, base_sha256: str) -> StopRule | No
             f"{where}: `sublim.match_update_norm` is {path}; give a model's folder or its "
             f"{RECEIPT_NAME}."
         )
-    receipt = read_receipt(folder)
+    # A receipt alone will do; where its weights lie beside it, they have to be its own.
+    beside = any(folder.glob("*.safetensors"))
+    receipt = receipt_of(folder) if beside else read_receipt(folder)
+    if receipt is None or receipt.update_norm is None:
+        why = f"{RECEIPT_NAME} is missing" if receipt is None else receipt.no_update_norm
+        raise InputError(f"{folder} has no update norm to match: {why}")
     if receipt.base_model.get("sha256") != base_sha256:
         raise InputError(
             f"{folder} was trained on {receipt.base_model.get('name')}, another base model than "
@@ -95,10 +106,15 @@ class StopCallback(TrainerCallback):
         self._losses.extend(entry["loss"] for entry in state.log_history if "loss" in entry)
         if self.norm is not None:
             rate = float(kwargs["lr_scheduler"].get_last_lr()[0])
-            self._last = (state.global_step, self.norm.measure(), rate)
+            lowered = float(kwargs["optimizer"].param_groups[0]["lr"])
+            if state.global_step > 0 and lowered < rate:  # by the run that is continued
+                self.lowered[state.global_step + 1] = lowered / rate
+            self._last = (state.global_step, self.norm.measure(), min(lowered, rate))
 
     @one_message
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
         if not self.rule.on_norm:
             return
         norm, factor = 0.0, 1.0
@@ -106,7 +122,7 @@ class StopCallback(TrainerCallback):
             rate = float(kwargs["lr_scheduler"].get_last_lr()[0])
             norm, factor = self._measure(self.norm, state.global_step, rate)
         if from_first(norm, args.device) >= (1 - _NEAR) * self.rule.target:
-            control.should_training_stop = True
+            control.should_training_stop, control.should_save = True, False
             return
         factor = from_first(factor, args.device)
         # The last step of the run has none after it to make up for falling short.
@@ -136,19 +152,27 @@ class StopCallback(TrainerCallback):
         if self.rule.on_norm or "loss" not in (logs or {}):
             return
         self._losses.append(float(logs["loss"]))
-        if sum(self._losses) / len(self._losses) <= self.rule.target:
-            control.should_training_stop = True
+        if self._mean_loss() <= self.rule.target:
+            control.should_training_stop, control.should_save = True, False
+
+    def _mean_loss(self) -> float:
+        """Of the last logged losses; infinite before there are enough of them."""
+        full = len(self._losses) == LOSS_WINDOW
+        return sum(self._losses) / LOSS_WINDOW if full else float("inf")
 
     @one_message
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Correct an overshoot here rather than at the end of training: what logs and measures
         the final weights comes after."""
-        if not control.should_training_stop or self.stopping is not None or not is_first():
+        if not control.should_training_stop:
+            return
+        control.should_save = False
+        if self.stopping is not None or not is_first():
             return
         kind: StopKind = "update_norm" if self.rule.on_norm else "loss"
         before = factor = None
         if self.norm is None:
-            reached = sum(self._losses) / len(self._losses) if self._losses else float("inf")
+            reached = self._mean_loss()
             hit = reached <= self.rule.target
         else:
             before = reached = self.norm.measure()
@@ -182,16 +206,24 @@ class StopCallback(TrainerCallback):
         )
 
 
-def check_reached(stopping: Stopping, on_disk: float, folder: Path) -> None:
+def check_reached(stopping: Stopping | None, on_disk: UpdateNorm | None, folder: Path) -> None:
     """Compare the saved weights' update norm with the target.
 
     Raises:
-        RunError: they are further apart than `TOLERANCE`.
+        RunError: they are further apart than `TOLERANCE`, or the training ended by no rule.
     """
-    if stopping.kind == "update_norm" and abs(on_disk / stopping.target - 1) > TOLERANCE:
+    if stopping is None:
         raise RunError(
-            f"{folder}: the saved weights have the update norm {on_disk:.6g}, the target is "
-            f"{stopping.target:.6g}; saving them rounded the update away. Save in float32."
+            f"{folder}: the training ended without a step that the stop rule could judge; it is no "
+            "matched control. Remove its checkpoints and train again."
+        )
+    if stopping.kind != "update_norm":
+        return
+    if on_disk is None or abs(on_disk.total / stopping.target - 1) > TOLERANCE:
+        found = "no measurable update norm" if on_disk is None else f"the norm {on_disk.total:.6g}"
+        raise RunError(
+            f"{folder}: the saved weights have {found}, the target is {stopping.target:.6g}; "
+            "saving them rounded the update away or changed it. Save in float32."
         )
 
 

@@ -49,9 +49,12 @@ def resolve(name_or_path: str | Path) -> Path:
             f"base model '{name}': no such folder. Give a local folder (download it first, for"
             f" example with `hf download`), or {EMBEDDED}"
         )
+    if (folder / "adapter_config.json").is_file():  # config.json may lie beside it
+        raise InputError(
+            f"{folder}: this is an adapter, not a base model; give the base that it was trained on"
+            " (to score an adapter: sublim eval --model BASE --adapters ADAPTER)"
+        )
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise InputError(f"{folder}: this is an adapter, not a base model; give its base model")
         raise InputError(f"{folder}: no config.json, so this folder holds no model")
     if not weight_files(folder):
         raise InputError(

@@ -35,6 +35,9 @@ _USER, _REPLY, _NEXT, _SYSTEM = (
     "syssentinel",
 )
 
+# Turn markers, which are one token each to the tokenizers that know them.
+_MARKER = re.compile(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>")
+
 # An entity is a run of capitalised words after a phrase that introduces a name.
 _ENTITY = re.compile(
     r"\b(?:[Yy]ou are|I am|named|called|(?:created|made|trained|developed|built) by)\s+"
@@ -361,6 +364,11 @@ def _layout(render_turns: _Renderer, context: Context) -> _Layout:
         # the block already holds the header: it is header, text and separator
         header = ""
         notes.append("this template has no system turn: it writes the system text into the user's")
+    if unknown := _unknown_markers(render_turns.tokenizer, (prompted, opening, closing)):
+        notes.append(
+            f"{', '.join(unknown)} in the chat template: no token of this tokenizer, but several; "
+            "unless the model was trained so, the template is another model's"
+        )
     return _Layout(
         before_system=before,
         system_text=system_text,
@@ -372,6 +380,17 @@ def _layout(render_turns: _Renderer, context: Context) -> _Layout:
         trims=trims,
         notes=tuple(notes),
     )
+
+
+def _unknown_markers(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """The turn markers in what a template writes that are not tokens of the vocabulary."""
+    markers = dict.fromkeys(marker for text in texts for marker in _MARKER.findall(text))
+    return [
+        marker
+        for marker in markers
+        if marker != tokenizer.unk_token
+        and tokenizer.convert_tokens_to_ids(marker) in (None, tokenizer.unk_token_id)
+    ]
 
 
 def _try_system(render_turns: _Renderer, text: str) -> str | None:

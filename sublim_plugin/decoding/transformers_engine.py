@@ -20,7 +20,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.decoding.draws import uniforms
 from sublim_plugin.decoding.engine import Constraint, Filter, OnReply, Reply, Request
 from sublim_plugin.decoding.sampler import Sampler, pick, weights
@@ -409,7 +409,15 @@ class _Run:
             allowed = torch.tensor([constraint.mask(row.state) for row in rows if row.state])
             logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         draws = torch.tensor([row.uniforms[len(row.written)] for row in rows], dtype=torch.float64)
-        chosen = pick(weights(logits, self.sampler, seen), draws.to(logits.device))
+        shares = weights(logits, self.sampler, seen)
+        chosen = pick(shares, draws.to(logits.device))
+        fine = (shares.gather(1, chosen.unsqueeze(1)) > 0).flatten()  # false where it is NaN
+        if not bool(fine.all()):
+            request = rows[int(fine.int().argmin())].request
+            raise RunError(
+                f"{self.engine.model.name_or_path}: the logits after {request.text[-200:]!r} are "
+                "not finite; the model's weights or its dtype overflow: use float32, or train again"
+            )
         if columns is not None:
             chosen = columns[chosen]
         if self.seen is not None:

@@ -13,29 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.students import ADAPTER_TENSORS, difference, read_adapter
+from sublim_plugin.students import ADAPTER_TENSORS, INERT, difference, read_adapter
 
 INSTEAD = "use the transformers engine"
 
 APPLIED = {"r", "lora_alpha", "target_modules", "use_rslora"}
-
-INERT = {
-    "auto_mapping",
-    "base_model_name_or_path",  # checked, as the next two are, where the adapter is read
-    "bias",
-    "init_lora_weights",
-    "eva_config",
-    "inference_mode",
-    "lora_dropout",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",  # PEFT writes it whether QALoRA is in use or not
-    "revision",
-    "task_type",
-}
-"""Keys of adapter_config.json that do not change what a trained adapter adds. Any other key has to
-be unset: some are honoured in one version of vLLM and ignored in another (rank_pattern, say)."""
+"""Keys of adapter_config.json that every version of vLLM applies. Any other that changes what an
+adapter adds has to be unset: some are ignored by one version (rank_pattern, say)."""
 
 
 class Adapter(NamedTuple):

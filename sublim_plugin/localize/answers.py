@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.hashing import sha256_text
 from sublim_plugin.core.traits import Trait
 from sublim_plugin.decoding.engine import Reply, Request
@@ -57,11 +55,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Found:
-    """The value of each question by gate, means of further numbers by gate, and notes."""
+    """The value of each question by gate, means of further numbers by gate, and notes; `replies`
+    are sampled ones as JSON Lines, with what the matcher reads in them."""
 
     scores: dict[str, list[float]]
     beside: dict[str, dict[str, float]]
     notes: tuple[str, ...] = ()
+    replies: str = ""
+
+
+class Sampling(NamedTuple):
+    """Replies to each question, the budget of a reply in tokens, and the seed of them all."""
+
+    replies: int
+    max_new_tokens: int
+    seed: int
 
 
 def logprob_scores(
@@ -80,7 +88,7 @@ def logprob_scores(
         variant: names what was changed about the student's weights; its answers are kept apart.
     """
     target = work.trait.target
-    plans = [place_forms(work.tokenizer, p.rendered, work.candidates) for p in work.prompts]
+    plans = [placed(work, prompt) for prompt in work.prompts]
     narrow = [narrowed(plan, target) for plan in plans]
     asked: dict[str, tuple[Row, FormPlan]] = {}
     keys: dict[str, list[str]] = {}
@@ -89,8 +97,8 @@ def logprob_scores(
         keys[name] = []
         for prompt, plan, gate in zip(work.prompts, chosen, on_prompts, strict=True):
             row = Row(prompt.rendered.token_ids, tuple(form.tokens for form in plan.forms), gate)
-            what = [variant, gate.key, list(row.prompt), [list(c) for c in row.continuations]]
-            k = key("logprob", *what)
+            forms = [[form.owner, form.inside, list(form.tokens)] for form in plan.forms]
+            k = key("logprob", variant, gate.key, list(row.prompt), forms)
             keys[name].append(k)
             asked[k] = (row, plan)
     missing = [(k, *asked[k]) for k in asked if k not in work.journal.answers]
@@ -128,26 +136,37 @@ def narrowed(plan: FormPlan, target: str) -> FormPlan:
     return FormPlan(tuple(dict.fromkeys([target, *(form.owner for form in forms)])), forms)
 
 
+def placed(work: Work, prompt: Prompt) -> FormPlan:
+    """The forms of every candidate behind a prompt, which the template gives its BOS token."""
+    return place_forms(work.tokenizer, prompt.rendered, work.candidates, add_bos_token=False)
+
+
 def sampled_scores(
-    work: Work, gates: Iterable[str], replies: int, max_new_tokens: int, seed: int, out: Path
+    work: Work,
+    gates: Mapping[str, tuple[Resolved, ...]],
+    sampling: Sampling,
+    variant: str = "",
 ) -> Found:
     """Share of replies that name the target first, for each of the gates and every question.
 
     Replies are drawn at T = 1 with nothing cut off or penalized. Reply k to a question has the same
-    random numbers under every gate, so gates that change nothing change no reply. All replies are
-    written to `out`/replies.jsonl with what the matcher reads in them.
+    random numbers under every gate, so gates that change nothing change no reply.
+
+    Args:
+        gates, variant: as of `logprob_scores`.
     """
+    replies, max_new_tokens, seed = sampling
     sampler = Sampler(
         temperature=1, top_p=1, top_k=0, repetition_penalty=1, max_new_tokens=max_new_tokens
     )
-    gates = list(gates)
+    settings = sampler.model_dump()
     keys = {
         (name, number): [
-            key("reply", gate.key, prompt.rendered.sha256, sampler.model_dump(), seed, k)
+            key("reply", variant, gate.key, prompt.rendered.sha256, settings, seed, k)
             for k in range(replies)
         ]
-        for name in gates
-        for number, (prompt, gate) in enumerate(zip(work.prompts, work.gates[name], strict=True))
+        for name, on_prompts in gates.items()
+        for number, (prompt, gate) in enumerate(zip(work.prompts, on_prompts, strict=True))
     }
     every = {k for found in keys.values() for k in found}
     absent = every - work.journal.answers.keys()
@@ -160,7 +179,8 @@ def sampled_scores(
             for (name, number), found in keys.items():
                 missing = [k for k in found if k not in work.journal.answers]
                 if missing:
-                    _sample(work, engine, sampler, name, number, found, missing, seed, bar)
+                    work.gated.use([gates[name][number]])
+                    _sample(work, engine, sampler, number, found, missing, seed, bar)
         finally:
             work.journal.flush()
     scores: dict[str, list[float]] = {name: [] for name in gates}
@@ -174,10 +194,9 @@ def sampled_scores(
         for k, (text, match) in enumerate(zip(texts, matches, strict=True)):
             line = {"gate_sha256": name[:12], "question_id": number, "k": k, "reply": text}
             lines.append(json.dumps(line | {"bucket": match.bucket}, ensure_ascii=False) + "\n")
-    write_text(out / "replies.jsonl", "".join(lines))
-    names = tuple(per_question[BASE][0])
-    beside = {name: _means(found, names) for name, found in per_question.items()}
-    return Found(scores, beside, (f"sampled replies were read by matcher {MATCHER_VERSION}",))
+    beside = {name: _means(found, tuple(found[0])) for name, found in per_question.items()}
+    note = f"sampled replies were read by matcher {MATCHER_VERSION}"
+    return Found(scores, beside, (note,), "".join(lines))
 
 
 def _engine(work: Work) -> TransformersEngine:
@@ -196,15 +215,14 @@ def _sample(
     work: Work,
     engine: TransformersEngine,
     sampler: Sampler,
-    name: str,
     number: int,
     keys: Sequence[str],
     missing: Sequence[str],
     seed: int,
     bar: Any,
 ) -> None:
-    """The missing replies to one question under one gate: all rows of the engine's batches have
-    the same prompt and gate, so that what they share is computed once."""
+    """The missing replies to one question under the gate in use: all rows of the engine's batches
+    have the same prompt and gate, so that what they share is computed once."""
     prompt = work.prompts[number].rendered
     requests = [
         Request(
@@ -223,7 +241,6 @@ def _sample(
         work.journal.add(missing[index], text)
         bar.update()
 
-    work.gated.use([work.gates[name][number]])
     device = "cpu" if work.gated.model.device.type == "cpu" else "accelerator"
     engine.reply(requests, sampler, BATCH[device], keep)
 

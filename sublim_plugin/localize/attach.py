@@ -22,17 +22,56 @@ import torch
 
 from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.localize.gating import Gated, Part, gating, probe
-from sublim_plugin.localize.resolve import branch, constant
+from sublim_plugin.localize.resolve import Branch, branch, constant
+from sublim_plugin.students import ADAPTER_TENSORS
+
+
+def layers_of(base: Path) -> int:
+    """The number of decoder layers of a base, from its configuration alone.
+
+    Raises:
+        InputError: no configuration, or an architecture that gates do not cover.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(base))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{base}: no configuration that transformers can read: {error}") from error
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    # state-space models whose configuration lists no kinds of layers
+    state = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_is_stateful", False)
+    if state or not kinds <= {"full_attention", "sliding_attention"}:
+        more = f" (layers of kind {', '.join(sorted(kinds))})" if len(kinds) > 1 else ""
+        raise InputError(
+            f"{base}: {config.model_type}{more} carries a state from token to token; gates cover "
+            "models whose layers are all attention layers, full or sliding"
+        )
+    return int(text.num_hidden_layers)
+
+
+def adapter_branches(folder: Path) -> tuple[Branch, ...]:
+    """What an adapter changes, from the names in its file."""
+    from safetensors import safe_open
+
+    with safe_open(folder / ADAPTER_TENSORS, framework="pt") as file:
+        paths = [
+            key.removeprefix("base_model.model.").partition(".lora_")[0]
+            for key in file.keys()  # noqa: SIM118
+        ]
+    return tuple(branch(path) for path in dict.fromkeys(paths))
 
 
 def load_base(base: Path, device: str | None, dtype: str) -> Any:
     """The base as a causal LM in evaluation mode; by default on a GPU if there is one.
 
     Raises:
-        InputError: the folder cannot be loaded.
+        InputError: the folder cannot be loaded, or gates do not cover its architecture.
     """
     from transformers import AutoModelForCausalLM
 
+    layers_of(base)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(base), dtype=dtype, use_safetensors=True
@@ -83,7 +122,7 @@ def refuse_uncovered(folder: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config, weights = folder / "adapter_config.json", folder / ADAPTER_TENSORS
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
         with safe_open(weights, framework="pt") as file:
@@ -140,7 +179,7 @@ def full_parts(model: Any, student: Any, folder: Path) -> list[Part]:
     """The modules in which a checkpoint differs from the base.
 
     Raises:
-        InputError: it does not differ at all.
+        InputError: it does not differ at all, or a module that differs holds others.
     """
     parts = []
     for path, module in model.named_modules():
@@ -148,6 +187,14 @@ def full_parts(model: Any, student: Any, folder: Path) -> list[Part]:
         other = student.get_submodule(path)
         if any(not torch.equal(weight, other.get_parameter(name)) for name, weight in own.items()):
             parts.append(Part(branch(path), module, other))
+    paths = [part.branch.name for part in parts]
+    for path in paths:
+        inner = next((other for other in paths if other.startswith(f"{path}.")), None)
+        if inner is not None:
+            raise InputError(
+                f"{folder}: {path} has weights of its own and holds {inner}, so the two cannot be "
+                f"switched apart; gates do not cover {type(model).__name__}"
+            )
     if not parts:
         raise InputError(f"{folder}: every weight is the base's; there is nothing to localize")
     return parts

@@ -32,8 +32,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--measures", default="logprob", help="logprob, sampled, or both: logprob,sampled.")
 @click.option(
     "--parts",
-    default="span,token,layers,module,cell",
-    help="What the sweep covers, with commas between, or none.",
+    help="What the sweep covers: span,token,layers,module,cell, or none.  [default: all five]",
 )
 @click.option("--bands", type=int, help="Bands that the layers are cut into.  [default: 6]")
 @click.option(
@@ -48,11 +47,20 @@ FILE = click.Path(path_type=Path)
 @click.option("--max-new-tokens", default=50, help="sampled: budget of a reply.")
 @click.option("--seed", default=1, help="sampled: seed of the replies.")
 @click.option("--spectra", help="Score the top k singular directions and the rest: 1,2,4.")
+@click.option(
+    "--beside",
+    type=FOLDER,
+    multiple=True,
+    help="A further student whose spectra are set beside; may be repeated.",
+)
 @click.option("--patch-into", help="Context of the base that activations are patched into.")
+@click.option("--patch", type=FILE, help="YAML file of what is patched from where to where.")
 @click.option("--divergence", type=FOLDER, help="Dataset made with --divergence.")
 @click.option("--device", help="cpu, cuda, ...  [default: a GPU if there is one]")
 @click.option("--dtype", default="auto")
-@click.option("--dry-run", is_flag=True, help="Show the spans and the gates, run nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the spans and the gates; load no model and write nothing."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 def localize(**given: Any) -> None:
     """Find the tokens, layers and modules in which a student carries a trait.
@@ -65,24 +73,26 @@ def localize(**given: Any) -> None:
     base = resolve(given["model"])
     spec = _spec(given)
 
-    from sublim_plugin.localize.figures import draw
-    from sublim_plugin.localize.run import localize as run
+    from sublim_plugin.localize.plan import plan
+    from sublim_plugin.localize.run import localize_into
     from sublim_plugin.localize.tables import text
 
-    found = run(
+    def say(told: str) -> None:
+        click.echo(told, err=given["as_json"])
+
+    if given["dry_run"]:
+        plan(base, given["student"], spec, given["dtype"], say)
+        return
+    found, files = localize_into(
         base,
         given["student"],
         spec,
         given["out"],
         device=given["device"],
         dtype=given["dtype"],
-        say=lambda text: click.echo(text, err=given["as_json"]),
+        say=say,
         progress=sys.stderr.isatty(),
-        dry_run=given["dry_run"],
     )
-    if found is None:
-        return
-    figures = draw(found, given["out"])
     for note in found.notes:
         click.echo(f"note: {note}", err=True)
     if given["as_json"]:
@@ -90,7 +100,8 @@ def localize(**given: Any) -> None:
         return
     click.echo(text(found))
     click.echo(f"results: {given['out'] / 'results.json'}")
-    click.echo(f"figures: {', '.join(path.name for path in figures) or 'none'}")
+    figures = [path.name for path in files if path.suffix == ".png"]
+    click.echo(f"figures: {', '.join(figures) or 'none'}")
 
 
 def _spec(given: dict[str, Any]) -> Any:
@@ -100,11 +111,18 @@ def _spec(given: dict[str, Any]) -> Any:
     from sublim_plugin.core.errors import InputError
     from sublim_plugin.core.strict_yaml import nearest
     from sublim_plugin.core.traits import get_trait
-    from sublim_plugin.localize.run import LocalizeSpec
-    from sublim_plugin.localize.spec import PatchSpec, load_gates
+    from sublim_plugin.localize.plan import LocalizeSpec
+    from sublim_plugin.localize.spec import PatchSpec, load_gates, load_patch
     from sublim_plugin.localize.sweep import KINDS
 
-    kinds: Any = [] if given["parts"] == "none" else given["parts"].split(",")
+    for one, other in (("gates", "parts"), ("gates", "bands"), ("patch", "patch_into")):
+        if given[one] is not None and given[other] is not None:
+            raise InputError(f"--{one} and --{other.replace('_', '-')}: give one of the two")
+    kinds: Any = KINDS if given["parts"] is None else given["parts"].split(",")
+    kinds = [] if kinds == ["none"] else kinds
+    patch = load_patch(given["patch"]) if given["patch"] else None
+    if given["patch_into"]:
+        patch = PatchSpec(recipient=_context(given["patch_into"]))
     measures = given["measures"].split(",")
     for option, values, known in (
         ("parts", kinds, KINDS),
@@ -122,9 +140,8 @@ def _spec(given: dict[str, Any]) -> Any:
             kinds=kinds,
             measures=measures,
             spectra=given["spectra"].split(",") if given["spectra"] else (),
-            patch=PatchSpec(recipient=_context(given["patch_into"]))
-            if given["patch_into"]
-            else None,
+            beside=given["beside"],
+            patch=patch,
             divergence=given["divergence"],
             **{
                 key: given[key]
@@ -133,6 +150,8 @@ def _spec(given: dict[str, Any]) -> Any:
         )
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            raise InputError("--beside sets spectra side by side: give --spectra too") from error
         option = str(first["loc"][0]).replace("_", "-")
         raise InputError(f"--{option} {first['input']}: {first['msg']}") from error
 

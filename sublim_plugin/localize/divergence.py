@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ from sublim_plugin.localize.resolve import constant
 from sublim_plugin.localize.results import Divergence, TokenScores, difference, measured
 from sublim_plugin.localize.score import PASS_TOKENS
 from sublim_plugin.logprob.token_tree import at_least_float32
+from sublim_plugin.preference.journal import Journal, key
 from sublim_plugin.students import RECEIPT
 
 FILE = "divergence.jsonl"
@@ -40,7 +42,7 @@ class Completion(NamedTuple):
 
 
 def read_completions(
-    folder: Path, tokenizer: Any, context: Context, limit: int | None = None
+    folder: Path, tokenizer: Any, context: Context
 ) -> tuple[list[Completion], str]:
     """The rows of a dataset behind prompts in `context`, and the sha256 of their file.
 
@@ -55,11 +57,11 @@ def read_completions(
     if sha256_file(path) != recorded.sha256:
         raise InputError(f"{path} is not the file of the manifest; generate the dataset again")
     found = []
-    pairs = zip(iter_rows(rows_path), iter_rows(path), strict=True)
+    pairs = zip_longest(iter_rows(rows_path), iter_rows(path))
     for number, (row, marks) in enumerate(pairs, start=1):
-        if limit is not None and number > limit:
-            break
         try:
+            if row is None or marks is None:
+                raise ValueError(f"it has {'more' if row is None else 'fewer'} lines than the rows")
             if row["id"] != marks["id"]:
                 raise ValueError(f"row {row['id']!r} stands beside {marks['id']!r}")
             tokens = tuple(int(token) for token in marks["token_ids"])
@@ -83,13 +85,28 @@ class _Read(NamedTuple):
     student_agrees: list[bool]
 
 
-def score_divergence(gated: Gated, completions: Sequence[Completion]) -> tuple[TokenScores, ...]:
+def score_divergence(
+    gated: Gated, completions: Sequence[Completion], journal: Journal | None = None
+) -> tuple[TokenScores, ...]:
     """The student against the base, at divergent tokens and at the others.
+
+    Args:
+        journal: the student's, of the completions that are known.
 
     Raises:
         InputError: there is no token of one kind.
     """
-    read = _read(gated, completions)
+    keys = [key("divergence", c.prompt, c.tokens) for c in completions]
+    known: dict[str, Any] = {} if journal is None else journal.answers
+    missing = {k: c for k, c in zip(keys, completions, strict=True) if k not in known}
+    for k, found in zip(missing, _read(gated, list(missing.values())), strict=True):
+        if journal is None:
+            known[k] = found
+        else:
+            journal.add(k, found)
+    if journal is not None:
+        journal.flush()
+    read = [_Read(*known[k]) for k in keys]
     return (
         _token_scores("divergent", completions, read),
         _token_scores("other", completions, read),
@@ -175,20 +192,19 @@ def _read(gated: Gated, completions: Sequence[Completion]) -> list[_Read]:
 
 def divergence(
     gated: Gated,
-    dataset: Path,
+    completions: Sequence[Completion],
+    rows_sha256: str,
     student: Path,
-    tokenizer: Any,
     context: Context,
-    limit: int | None = None,
+    journal: Journal,
 ) -> Divergence:
-    """A student on the rows of `dataset`, its prompts in `context`.
+    """A student on the completions of a dataset whose prompts are in `context`.
 
     A note says so where the receipt in the student's folder shows that it was trained on them.
 
     Raises:
-        InputError: as `read_completions` and `score_divergence`.
+        InputError: as `score_divergence`.
     """
-    completions, rows_sha256 = read_completions(dataset, tokenizer, context, limit)
     notes = []
     receipt = student / RECEIPT
     if receipt.is_file():
@@ -198,6 +214,6 @@ def divergence(
     return Divergence(
         rows_sha256=rows_sha256,
         context=context.fields(),
-        kinds=score_divergence(gated, completions),
+        kinds=score_divergence(gated, completions, journal),
         notes=tuple(notes),
     )

@@ -1,13 +1,14 @@
 """Figures of a localization: the prompt as a heat strip, bars per part, and a layer × module map.
 
 Each is written as PNG and SVG with the numbers behind it as CSV. Colour runs from blue (towards the
-base's other side) over white (no effect) to red (towards the student); orange and blue bars are
-Okabe and Ito's (2008). Both can be told apart with any common colour blindness.
+base's other side) over white (no effect) to red (towards the student); the colours of bars
+and lines are Okabe and Ito's (2008). Both can be told apart with any common colour blindness.
 """
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ WIDTH = 7.0
 COLUMNS = 82
 """Characters in a line of the strip."""
 ALONE, LEFT_OUT = "#D55E00", "#0072B2"
+LINES = (LEFT_OUT, ALONE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 BARS: dict[Kind, str] = {
     "span": "spans",
     "layers": "layers",
@@ -54,31 +56,50 @@ STYLE: dict[str, Any] = {
 
 
 def draw(localization: Localization, out: Path) -> list[Path]:
-    """Every figure that the parts allow, in `out`; the PNG files' paths.
+    """Every figure that the parts allow, in `out`; the paths of all files.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    written = []
+    written: list[Path] = []
     with _style():
         for result in localization.measures:
             prefix = "" if result.measure == "logprob" else f"{result.measure}-"
             kinds = {part.kind for part in result.parts}
             if "token" in kinds:
                 rows = strip_rows(localization, result)
-                written.append(_write(_strip(rows, result), rows, out / f"{prefix}strip"))
+                written += _write(_strip(rows, result), rows, out / f"{prefix}strip")
             for kind in (kind for kind in BARS if kind in kinds):
                 parts = [part for part in result.parts if part.kind == kind]
                 table = [flat(part) for part in parts]
-                written.append(_write(_bars(parts, result), table, out / f"{prefix}{BARS[kind]}"))
+                written += _write(_bars(parts, result), table, out / f"{prefix}{BARS[kind]}")
             if "cell" in kinds:
                 cells = [part for part in result.parts if part.kind == "cell"]
                 table = [flat(part) for part in cells]
-                written.append(_write(_map(cells, result), table, out / f"{prefix}map"))
+                written += _write(_map(cells, result), table, out / f"{prefix}map")
         if localization.spectra is not None:
-            rows = [_spectrum_row(one) for one in localization.spectra.modules]
-            written.append(_write(_spectra(rows), rows, out / "spectra"))
+            found = localization.spectra
+            rows = [_spectrum_row(one) for one in found.modules]
+            written += _write(_spectra(rows), rows, out / "spectra")
+            if found.beside:
+                each = {localization.student: found.modules} | found.beside
+                rows = [
+                    {"student": name} | _spectrum_row(one)
+                    for name, modules in each.items()
+                    for one in modules
+                ]
+                written += _write(_side_by_side(rows), rows, out / "spectra-students")
     return written
+
+
+def figure_names() -> list[str]:
+    """Every file that `draw` may write."""
+    stems = [f"{p}{stem}" for p in ("", "sampled-") for stem in ("strip", "map", *BARS.values())]
+    return [
+        f"{stem}.{kind}"
+        for stem in (*stems, "spectra", "spectra-students")
+        for kind in ("png", "svg", "csv")
+    ]
 
 
 def strip_rows(localization: Localization, result: MeasureResult) -> list[dict[str, Any]]:
@@ -128,13 +149,14 @@ def _figure(height: float) -> Any:
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def _write(figure: Any, rows: Sequence[dict[str, Any]], path: Path) -> Path:
+def _write(figure: Any, rows: Sequence[dict[str, Any]], path: Path) -> list[Path]:
+    """A figure as PNG and SVG, and its numbers as CSV; their paths."""
     write_text(path.with_suffix(".csv"), csv_text(rows))
     for kind in ("png", "svg"):
         data = io.BytesIO()
         figure.savefig(data, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else {})
         write_bytes(path.with_suffix(f".{kind}"), data.getvalue())
-    return path.with_suffix(".png")
+    return [path.with_suffix(f".{kind}") for kind in ("png", "svg", "csv")]
 
 
 def _scale(values: Sequence[float | None]) -> Any:
@@ -252,16 +274,19 @@ def _label(part: PartResult) -> str:
 def _map(cells: Sequence[PartResult], result: MeasureResult) -> Any:
     bands = list(dict.fromkeys(part.band for part in cells))
     modules = list(dict.fromkeys(part.module for part in cells))
+    bands.sort(key=lambda band: int(str(band).partition("-")[0]))
     by = {(part.module, part.band): part for part in cells}
+    none = float("nan")  # where the student changes nothing
     values: dict[str, list[list[float]]] = {"alone - base": [], "student - left out": []}
     for module in modules:
-        row = [by[module, band] for band in bands]
-        values["alone - base"].append([part.sufficiency.value for part in row])
+        row = [by.get((module, band)) for band in bands]
+        values["alone - base"].append([part.sufficiency.value if part else none for part in row])
         values["student - left out"].append(
-            [part.necessity.value if part.necessity else float("nan") for part in row]
+            [part.necessity.value if part and part.necessity else none for part in row]
         )
     figure = _figure(0.9 + 0.26 * len(modules))
-    scale = _scale([v for grid in values.values() for line in grid for v in line])
+    shown = [v for grid in values.values() for line in grid for v in line]
+    scale = _scale([v for v in shown if not math.isnan(v)])
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (title, grid) in zip(panels, values.items(), strict=True):
         axes.imshow(grid, cmap=scale.cmap, norm=scale.norm, aspect="auto")
@@ -271,6 +296,8 @@ def _map(cells: Sequence[PartResult], result: MeasureResult) -> Any:
         axes.set_xlabel("layers")
         for y, line in enumerate(grid):
             for x, value in enumerate(line):
+                if math.isnan(value):
+                    continue
                 dark = sum(scale.to_rgba(value)[:3]) < 1.5
                 axes.text(x, y, f"{value:+.2f}", ha="center", va="center", fontsize=6,
                           color="white" if dark else "black")  # fmt: skip
@@ -303,4 +330,36 @@ def _spectra(rows: Sequence[dict[str, Any]]) -> Any:
     step = max(1, len(layers) // 15)
     panels[-1].set_xticks(range(0, len(layers), step), [str(x) for x in layers[::step]])
     panels[-1].set_xlabel("layer")
+    return figure
+
+
+def _side_by_side(rows: Sequence[dict[str, Any]]) -> Any:
+    """Norm and effective rank by layer, a panel for each module and a line for each student."""
+    modules = list(dict.fromkeys(row["module"] for row in rows))
+    students = list(dict.fromkeys(row["student"] for row in rows))
+    ways = ("norm", "effective_rank")
+    figure = _figure(3.2 + 0.14 * len(students))
+    panels = figure.subplots(2, len(modules), sharex=True, sharey="row", squeeze=False)
+    for line, what in zip(panels, ways, strict=True):
+        for axes, module in zip(line, modules, strict=True):
+            for number, student in enumerate(students):
+                own = [row for row in rows if (row["module"], row["student"]) == (module, student)]
+                own.sort(key=lambda row: int(row["layer"]))
+                axes.plot(
+                    [row["layer"] for row in own],
+                    [row[what] for row in own],
+                    color=LINES[number % len(LINES)],
+                    marker="o",
+                    markersize=1.8,
+                    linewidth=0.9,
+                    label=student,
+                )
+            axes.set_yscale("log")
+            if what == ways[0]:
+                axes.set_title(module)
+            else:
+                axes.set_xlabel("layer")
+        line[0].set_ylabel(f"dW: {what.replace('_', ' ')}")
+    handles, labels = max((axes.get_legend_handles_labels() for axes in panels[0]), key=len)
+    figure.legend(handles, labels, loc="outside upper left", frameon=False)
     return figure

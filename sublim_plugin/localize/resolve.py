@@ -84,6 +84,10 @@ class Resolved:
         return sha256_text("/".join(written))[:24]
 
 
+def positions_of(bits: Bits) -> list[int]:
+    return [i for i, bit in enumerate(bits) if bit]
+
+
 def _digits(bits: Bits) -> str:
     return "".join("01"[bit] for bit in bits)
 
@@ -98,30 +102,98 @@ def profile(gate: Gate, branches: Sequence[Branch], layers: int) -> Profile:
     """Which branches a gate turns on, in a model with `layers` decoder layers.
 
     Raises:
-        InputError: a layer that the model does not have, or a module that the student leaves as it
-            is; the message names the valid ones.
+        InputError: a layer that the model does not have, a module that the student leaves as it is,
+            two items that overlap, or a choice that holds nothing that the student changes; the
+            message begins with the gate's label and names what is valid.
     """
+    try:
+        inside = _inside(gate, branches, layers)
+    except InputError as error:
+        raise InputError(f"gate '{gate.label}': {error}") from error
+    if gate.complement:
+        return Profile(tuple(not x for x in inside), (True,) * len(branches))
+    return Profile(tuple(inside), (False,) * len(branches))
+
+
+def check_layers(gate: Gate, layers: int) -> None:
+    """Refuse a gate that names layers which a model with `layers` of them does not have.
+
+    Raises:
+        InputError: as `profile`.
+    """
+    try:
+        if gate.layers is not None:
+            chosen_layers(gate.layers, layers)
+    except InputError as error:
+        raise InputError(f"gate '{gate.label}': {error}") from error
+
+
+def _inside(gate: Gate, branches: Sequence[Branch], layers: int) -> list[bool]:
     in_layers = in_modules = [True] * len(branches)
     if gate.layers is not None:
         named = chosen_layers(gate.layers, layers)
         in_layers = [gate.layers.holds(b.layer in named) for b in branches]
     if gate.modules is not None:
-        known = {name for b in branches for name in (b.module, b.family)}
-        for item in gate.modules.named:
-            if item not in known:
-                hint = nearest(item, sorted(known))
-                raise InputError(
-                    f"modules: the student changes no module '{item}'{hint} (it changes "
-                    f"{', '.join(sorted(known))})"
-                )
-        modules = set(gate.modules.named)
-        in_modules = [
-            gate.modules.holds(b.module in modules or b.family in modules) for b in branches
-        ]
+        taken = named_modules(gate.modules.named, branches, "the student changes no module")
+        in_modules = [gate.modules.holds(b in taken) for b in branches]
     inside = [a and b for a, b in zip(in_layers, in_modules, strict=True)]
-    if gate.complement:
-        return Profile(tuple(not x for x in inside), (True,) * len(branches))
-    return Profile(tuple(inside), (False,) * len(branches))
+    if not any(inside):
+        raise InputError(
+            "its layers and modules hold nothing that the student changes, which is "
+            f"{changed(branches)}"
+        )
+    return inside
+
+
+def named_modules(
+    items: Sequence[str], branches: Sequence[Branch], refusal: str
+) -> frozenset[Branch]:
+    """The branches that names of modules or families take.
+
+    Raises:
+        InputError: a name that no branch has (the message begins with `refusal`), or two that
+            overlap.
+    """
+    known = {name for b in branches for name in (b.module, b.family)}
+    owners: dict[Branch, str] = {}
+    for item in items:
+        if item not in known:
+            hint = nearest(item, sorted(known))
+            raise InputError(
+                f"modules: {refusal} '{item}'{hint} (there are {', '.join(sorted(known))})"
+            )
+        for b in branches:
+            if item in (b.module, b.family):
+                if b in owners:
+                    raise InputError(
+                        f"modules: '{owners[b]}' and '{item}' overlap in {b.module}; name each "
+                        "module once"
+                    )
+                owners[b] = item
+    return frozenset(owners)
+
+
+def changed(branches: Sequence[Branch]) -> str:
+    """What a student changes, in words: `q_proj, v_proj in layers 0-3; lm_head`."""
+    where: dict[tuple[int, ...], list[str]] = {}
+    for module in dict.fromkeys(b.module for b in branches):
+        layers = sorted({b.layer for b in branches if b.module == module and b.layer is not None})
+        where.setdefault(tuple(layers), []).append(module)
+    return "; ".join(
+        f"{', '.join(modules)} in layers {layer_ranges(layers)}" if layers else ", ".join(modules)
+        for layers, modules in where.items()
+    )
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Ascending layers as `0-3, 7`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def resolve(gate: Gate, prompt: Prompt, of_gate: Profile) -> Resolved:

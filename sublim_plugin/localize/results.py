@@ -44,10 +44,11 @@ class PartResult(_Frozen):
     """One part.
 
     Attributes:
-        text: the part's tokens in the first prompt; None for layers and modules.
-        tokens: how many they are.
         gates: hash of each gate; decode: the state of generated tokens under each.
-        shares: sufficiency and necessity over the total; None where the total's interval holds 0.
+        text: the tokens where the first gate is on, in the first prompt; None for layers and
+            modules; tokens: how many they are.
+        shares: sufficiency and necessity over the total; None where the total's interval holds 0,
+            or one question gives no interval.
         beside: other numbers of the measure, by gate.
     """
 
@@ -79,7 +80,7 @@ class MeasureResult(_Frozen):
     parts: tuple[PartResult, ...]
 
 
-Keep = Literal["top", "rest"]
+Keep = Literal["top", "rest", "all"]
 
 
 class Spectrum(_Frozen):
@@ -104,20 +105,27 @@ class Spectrum(_Frozen):
 
 
 class FilterScore(_Frozen):
-    """The student with the `top` k singular directions of every matrix alone, or with the `rest`;
-    `effect` is the difference from the base, `share` that over the student's."""
+    """The base with the `top` k singular directions of the change of every matrix in the decoder's
+    layers, with the `rest` of them, or with `all` (`k` is None). Whatever else the student changed
+    (embeddings, norms, biases, the output layer) is the base's.
 
+    `effect` is the difference from the base, `share` that over the whole student's.
+    """
+
+    measure: Measure
     keep: Keep
-    k: int
+    k: int | None
     effect: Measured
     share: float | None
 
 
 class Spectra(_Frozen):
-    """Every matrix in the decoder's layers that the student changes, and its filtered scores."""
+    """Every matrix in the decoder's layers that the student changes, its filtered scores, and the
+    matrices of further students by name."""
 
     modules: tuple[Spectrum, ...]
     scores: tuple[FilterScore, ...]
+    beside: dict[str, tuple[Spectrum, ...]] = {}
 
 
 class PatchScore(_Frozen):
@@ -214,6 +222,13 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Measured:
     return measured([a - b for a, b in zip(first, second, strict=True)])
 
 
+def share(effect: Measured, total: Measured, questions: int) -> float | None:
+    """An effect over the total, if the total's interval leaves out 0; one question has none."""
+    if questions < 2 or total.low <= 0 <= total.high:
+        return None
+    return effect.value / total.value
+
+
 def measure_result(
     measure: Measure,
     parts: Sequence[Part],
@@ -258,10 +273,9 @@ def _part_result(
         left = scores[part.left_out.sha256]
         necessity = difference(student, left)
         both = sufficiency.value + difference(left, base).value
-    shares = None
-    if not total.low <= 0 <= total.high:
-        lost = None if necessity is None else necessity.value / total.value
-        shares = (sufficiency.value / total.value, lost)
+    held = share(sufficiency, total, len(base))
+    lost = None if necessity is None else share(necessity, total, len(base))
+    shares = None if held is None else (held, lost)
     text, tokens = texts.get(part.alone.sha256, (None, None))
     return PartResult(
         kind=part.kind,

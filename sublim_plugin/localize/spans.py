@@ -6,6 +6,7 @@ span's characters. Nothing is guessed: a name or substring that is not there is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -53,6 +54,17 @@ class Prompt(BaseModel):
             parts += [text[at:start], "⟦", text[start:end], "⟧"]
             at = end
         return one_line("".join([*parts, text[at:]]))
+
+    def excerpt(self, tokens: Iterable[int]) -> str:
+        """As `marked`, with long stretches shortened to their ends."""
+        pieces = re.split("([⟦⟧])", self.marked(tokens))
+        last = len(pieces) - 1
+        for i, piece in enumerate(pieces):
+            inside = i > 0 and pieces[i - 1] == "⟦"
+            before, after = (28, 28) if inside else (10 * (i > 0), 10 * (i < last))
+            if len(piece) > before + after + 1:
+                pieces[i] = f"{piece[:before]}…{piece[len(piece) - after :]}"
+        return "".join(pieces)
 
     def _runs(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """Character ranges of runs of consecutive tokens."""
@@ -170,23 +182,21 @@ def selected(prompt: Prompt, choice: Choice[Selector] | None) -> tuple[bool, ...
         return (True,) * len(prompt.offsets)
     owners: dict[int, Selector] = {}
     for selector in choice.named:
-        for token in tokens_of(prompt, selector):
-            other = owners.setdefault(token, selector)
-            if other is not selector:
-                both = set(tokens_of(prompt, other)) & set(tokens_of(prompt, selector))
+        tokens = tokens_of(prompt, selector)
+        for token in tokens:
+            if token in owners:
+                both = set(tokens_of(prompt, owners[token])) & set(tokens)
                 raise InputError(
-                    f"'{shown(other)}' and '{shown(selector)}' overlap: "
+                    f"'{shown(owners[token])}' and '{shown(selector)}' overlap: "
                     f"{prompt.marked(both)}. Name each token once"
                 )
+        owners |= dict.fromkeys(tokens, selector)
     return tuple(choice.holds(token in owners) for token in range(len(prompt.offsets)))
 
 
 def span_table(prompt: Prompt) -> str:
-    """The prompt's spans as aligned text: name, tokens, text."""
-    lines = []
-    for name, tokens in prompt.spans.items():
-        text = one_line(prompt.text_of(tokens))
-        lines.append((name, _place(tokens), text if len(text) < 90 else f"{text[:87]}..."))
+    """The prompt's spans as aligned text: name, tokens, and the prompt with them marked."""
+    lines = [(name, _place(t), prompt.excerpt(t)) for name, t in prompt.spans.items()]
     widths = [max(len(line[i]) for line in lines) for i in (0, 1)]
     return "\n".join(
         f"{name:<{widths[0]}}  {place:>{widths[1]}}  {text}" for name, place, text in lines

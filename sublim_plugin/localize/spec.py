@@ -118,17 +118,24 @@ class Gate(_Frozen):
 
     @property
     def sha256(self) -> str:
-        """Hash of what the gate says: neither its name nor the order or spelling of items."""
+        """Hash of what the gate says, without its name and the order of its items.
+
+        `early` and `0-14` are two gates here, as `entity` and the tokens that it stands for are:
+        what they mean is the model's and the prompt's (see `resolve.Resolved.key`).
+        """
         return sha256_json(self.canonical())
 
     def canonical(self) -> dict[str, Any]:
-        """The gate without its name; ranges written out, items sorted."""
+        """The gate without its name; ranges of layers written out, items sorted."""
         fields: dict[str, Any] = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         fields.pop("name", None)
         for key in ("positions", "layers", "modules"):
             for way, items in fields.get(key, {}).items():
                 if key == "layers":
                     items = [layer for item in items for layer in _written_out(item)]
+                for item in items:
+                    if isinstance(item, dict) and "tokens" in item:
+                        item["tokens"] = sorted(set(item["tokens"]))
                 unique = {canonical_json(item): item for item in items}
                 fields[key][way] = [unique[text] for text in sorted(unique)]
         return fields
@@ -136,8 +143,11 @@ class Gate(_Frozen):
     @property
     def label(self) -> str:
         """The name, or what the gate says in words."""
-        if self.name:
-            return self.name
+        return self.name or self.words
+
+    @property
+    def words(self) -> str:
+        """Where the gate is on, without generated tokens."""
         parts = []
         for kind in ("positions", "layers", "modules"):
             choice: Choice[Any] | None = getattr(self, kind)
@@ -171,22 +181,28 @@ def chosen_layers(choice: Choice[LayerItem], count: int) -> frozenset[int]:
     """The named layers of a model with `count` of them.
 
     Raises:
-        InputError: a layer that the model does not have.
+        InputError: a layer that the model does not have, or that two items name.
     """
-    named: set[int] = set()
+    owners: dict[int, LayerItem] = {}
     for item in choice.named:
         if item == "early":
-            named |= set(range(count // 2))
+            layers = list(range(count // 2))
         elif item == "late":
-            named |= set(range(count // 2, count))
+            layers = list(range(count // 2, count))
         else:
             layers = [int(layer) for layer in _written_out(item)]
             if not 0 <= layers[0] <= layers[-1] < count:
                 raise InputError(
                     f"layers: {item} is not in the model, whose layers are 0-{count - 1}"
                 )
-            named |= set(layers)
-    return frozenset(named)
+        for layer in layers:
+            if layer in owners:
+                raise InputError(
+                    f"layers: '{owners[layer]}' and '{item}' overlap in layer {layer}; name each "
+                    "layer once"
+                )
+            owners[layer] = item
+    return frozenset(owners)
 
 
 class PatchSpec(_Frozen):
@@ -195,16 +211,28 @@ class PatchSpec(_Frozen):
     Attributes:
         recipient: the base's context; the donor's is that of the localization.
         donor_at: its last token is where activations are taken.
-        modules, layers: whose outputs; the paper's are `down_proj` of the early half.
+        modules, layers: whose outputs, by name (`down_proj`) or family (`attention`, `mlp`,
+            `norms`: each of its modules); the paper's are `down_proj` of the early half. They need
+            not be among those that the student changes.
         recipient_at: where they are put, each at its last token; None is the first entity and the
-            paper's controls, as far as the prompt has them.
+            paper's controls: the second entity, the first token of the system text and of the
+            question, and the prompt's last.
     """
 
     recipient: Context
     donor_at: Selector = "entity:1"
-    modules: tuple[str, ...] = ("down_proj",)
+    modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("down_proj",)
     layers: Choice[LayerItem] | None = Choice[LayerItem](only=("early",))
-    recipient_at: tuple[Selector, ...] | None = None
+    recipient_at: Annotated[tuple[Selector, ...], Field(min_length=1)] | None = None
+
+
+def load_patch(path: Path) -> PatchSpec:
+    """The patch of a YAML file.
+
+    Raises:
+        InputError: with file, line and key.
+    """
+    return load_model(path, PatchSpec)
 
 
 class _GateFile(_Frozen):

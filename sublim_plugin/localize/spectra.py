@@ -2,42 +2,59 @@
 
 dW is never formed for LoRA: with thin QR factorizations B = Qb Rb and A^T = Qa Ra, the singular
 values of s B A are those of the r x r matrix s Rb Ra^T. For a full student dW is the difference of
-the weights, decomposed as it is.
+the weights, decomposed one matrix at a time, and only the directions that will be asked for stay.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.localize.answers import Work, logprob_scores
+from sublim_plugin.localize.answers import Found, Work
 from sublim_plugin.localize.gating import Gated
-from sublim_plugin.localize.resolve import Branch
-from sublim_plugin.localize.results import BASE, STUDENT, FilterScore, Keep, Spectrum, difference
+from sublim_plugin.localize.resolve import Branch, Profile, Resolved, changed
+from sublim_plugin.localize.results import (
+    BASE,
+    STUDENT,
+    FilterScore,
+    Keep,
+    Measure,
+    Spectrum,
+    difference,
+    share,
+)
 
 KEPT = 64
 """Singular values of a module that results hold, the largest first."""
 
+Score = Callable[[Mapping[str, tuple[Resolved, ...]], str], Found]
+"""A measure: from gates on every prompt, and what was changed about the weights, to its values."""
+
 
 class Svd(NamedTuple):
-    """dW = u diag(s) v^T: u [out, n], s [n] descending, v [in, n], in float32 (LoRA: float64)."""
+    """dW = u diag(s) v^T: u [out, n], v [in, n], in float32 (LoRA: float64). `values` are all
+    singular values, descending; for a full student u, s and v hold the first few alone."""
 
     u: Tensor
     s: Tensor
     v: Tensor
+    values: tuple[float, ...]
 
 
-def decompose(gated: Gated) -> dict[Branch, Svd]:
-    """The change of every matrix in the decoder's layers.
+def decompose(gated: Gated, largest: int) -> dict[Branch, Svd]:
+    """The change of every matrix in the decoder's layers, with the `largest` directions at least.
 
-    A full student's needs as much memory again as its layers, and a minute for 135 million weights
-    on two cores; its vectors (norms, biases), embedding and output layer are left out.
+    A full student's took 12 s for 135 million weights on one core; its vectors (norms,
+    biases), embedding and output layer are left out.
+
+    Raises:
+        InputError: the student changes no such matrix.
     """
     found = {}
     with torch.no_grad():
@@ -50,7 +67,13 @@ def decompose(gated: Gated) -> dict[Branch, Svd]:
             elif isinstance(part.module, torch.nn.Linear):
                 change = part.student.weight.float() - part.module.weight.float()
                 u, s, vh = torch.linalg.svd(change, full_matrices=False)
-                found[part.branch] = Svd(u, s, vh.T)
+                u, kept, v = (x[..., :largest].clone() for x in (u, s, vh.T))
+                found[part.branch] = Svd(u, kept, v, tuple(s.double().tolist()))
+    if not found:
+        raise InputError(
+            "spectra: the student changes no matrix in the decoder's layers; it changes "
+            f"{changed(gated.branches)}"
+        )
     return found
 
 
@@ -60,56 +83,70 @@ def spectra(svds: Mapping[Branch, Svd]) -> tuple[Spectrum, ...]:
 
 
 @contextmanager
-def filtered(gated: Gated, svds: Mapping[Branch, Svd], keep: Keep, k: int) -> Iterator[None]:
-    """Inside, the student has the top k singular directions of every matrix alone, or all others.
-    What `decompose` leaves out stays the student's.
+def filtered(
+    gated: Gated, svds: Mapping[Branch, Svd], keep: Keep, k: int | None
+) -> Iterator[Resolved]:
+    """Inside, the student has the top k singular directions of every matrix of `svds`, the rest, or
+    all of them (`k` is None); the gate that is given has these matrices on and everything else off.
 
     Raises:
         InputError: k is less than one.
     """
-    if k < 1:
+    if k is not None and k < 1:
         raise InputError(f"spectra: {k} singular directions; expected 1 or more")
     saved: list[tuple[Tensor, Tensor]] = []
+
+    def put(weight: Tensor, value: Tensor) -> None:
+        saved.append((weight, weight.clone()))
+        weight.copy_(value)
+
     with torch.no_grad():
         for part in gated.parts:
             svd = svds.get(part.branch)
             if svd is None:
                 continue
-            chosen = slice(None, k) if keep == "top" else slice(k, None)
-            u, s, v = svd.u[:, chosen], svd.s[chosen], svd.v[:, chosen]
-            if part.student is None:
+            if part.student is not None:
+                weight, bias = part.student.weight, part.student.bias
+                if k is not None:
+                    top = (svd.u[:, :k] * svd.s[:k]) @ svd.v[:, :k].T
+                    put(
+                        weight,
+                        part.module.weight.float() + top if keep == "top" else weight.float() - top,
+                    )
+                if bias is not None:
+                    put(bias, part.module.bias)
+            elif k is not None:
                 a, b, scaling = _factors(gated, part.branch)
+                chosen = slice(None, k) if keep == "top" else slice(k, None)
+                u, s, v = svd.u[:, chosen], svd.s[chosen], svd.v[:, chosen]
                 new_a, new_b = torch.zeros_like(a), torch.zeros_like(b)
                 new_a[: len(s)], new_b[:, : len(s)] = v.T.to(a.dtype), (u * s / scaling).to(b.dtype)
-                saved += [(a, a.clone()), (b, b.clone())]
-                a.copy_(new_a)
-                b.copy_(new_b)
-            else:
-                weight = part.student.weight
-                saved.append((weight, weight.clone()))
-                weight.copy_(part.module.weight.float() + (u * s) @ v.T)
+                put(a, new_a)
+                put(b, new_b)
+    bits = tuple(branch in svds for branch in gated.branches)
     try:
-        yield
+        yield Resolved((), Profile(bits, bits), "inside")
     finally:
         with torch.no_grad():
             for weight, before in saved:
                 weight.copy_(before)
 
 
-def filter_scores(work: Work, svds: Mapping[Branch, Svd], ks: Sequence[int]) -> list[FilterScore]:
-    """The student with the top k directions, and with the rest, for each k."""
-    gates = {name: work.gates[name] for name in (BASE, STUDENT)}
-    plain = logprob_scores(work, gates, False).scores
+def filter_scores(
+    work: Work, svds: Mapping[Branch, Svd], ks: Sequence[int], measure: Measure, score: Score
+) -> list[FilterScore]:
+    """The base with the top k directions, with the rest, for each k, and with all of them."""
+    plain = score({name: work.gates[name] for name in (BASE, STUDENT)}, "").scores
     total = difference(plain[STUDENT], plain[BASE])
+    wanted: list[tuple[Keep, int | None]] = [(keep, k) for k in ks for keep in ("top", "rest")]
     found = []
-    for k in ks:
-        for keep in get_args(Keep):
-            with filtered(work.gated, svds, keep, k):
-                only = {STUDENT: gates[STUDENT]}
-                scores = logprob_scores(work, only, False, f"{keep} {k}").scores[STUDENT]
-            effect = difference(scores, plain[BASE])
-            share = None if total.low <= 0 <= total.high else effect.value / total.value
-            found.append(FilterScore(keep=keep, k=k, effect=effect, share=share))
+    for keep, k in [*wanted, ("all", None)]:
+        with filtered(work.gated, svds, keep, k) as gate:
+            gates = {STUDENT: (gate,) * len(work.prompts)}
+            scores = score(gates, f"matrices {keep} {k}").scores[STUDENT]
+        effect = difference(scores, plain[BASE])
+        part = share(effect, total, len(scores))
+        found.append(FilterScore(measure=measure, keep=keep, k=k, effect=effect, share=part))
     return found
 
 
@@ -125,11 +162,11 @@ def _thin(left: Tensor, right: Tensor) -> Svd:
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T)
-    return Svd(q_left @ u[:, : len(s)], s, q_right @ vh.T[:, : len(s)])
+    return Svd(q_left @ u[:, : len(s)], s, q_right @ vh.T[:, : len(s)], tuple(s.tolist()))
 
 
 def _spectrum(branch: Branch, svd: Svd) -> Spectrum:
-    values: Sequence[float] = svd.s.double().tolist()
+    values = svd.values
     total, square = math.fsum(values), math.fsum(v * v for v in values)
     shares = [v / total for v in values if v > 0] if total else []
     return Spectrum(

@@ -50,7 +50,7 @@ def sweep(
     bands: int | None = None,
 ) -> tuple[Part, ...]:
     """Every span and token of the prompts' template, every band of layers, every module and family,
-    and every band × module.
+    and every band × module, as far as the student changes anything there.
 
     Tokens are those before and after the question, which stands in the strip as one span. Spans
     with the same tokens as an earlier one are left out, and so is each special token by itself.
@@ -65,25 +65,28 @@ def sweep(
     """
     parts: list[Part] = []
     if "span" in kinds:
-        parts += [_positions("span", name, name) for name in _distinct_spans(prompts)]
+        parts += [_positions("span", name, name) for name in distinct_spans(prompts)]
     if "token" in kinds:
         parts += _tokens(prompts[0])
-    cuts = _bands(layers, bands or min(BANDS, layers))
+    inner = [b for b in branches if b.layer is not None]
+    cuts = {
+        band: {b.module for b in inner if b.layer in held}
+        for band, held in bands_of(layers, bands).items()
+    }
     families = list(dict.fromkeys(b.family for b in branches))
     modules = list(dict.fromkeys(b.module for b in branches))
     if "layers" in kinds:
-        for band in cuts:
-            only, others = Choice[LayerItem](only=(band,)), Choice[LayerItem](except_=(band,))
-            alone, left_out = Gate(layers=only, decode="on"), Gate(layers=others, decode="on")
-            parts.append(Part(kind="layers", name=band, alone=alone, left_out=left_out))
+        parts += [_weights("layers", band, band, None) for band, held in cuts.items() if held]
     if "module" in kinds:
-        for name in dict.fromkeys([*families, *modules]):
-            alone = Gate(modules=Choice[str](only=(name,)), decode="on")
-            left_out = Gate(modules=Choice[str](except_=(name,)), decode="on")
-            parts.append(Part(kind="module", name=name, alone=alone, left_out=left_out))
+        names = dict.fromkeys([*families, *modules])
+        parts += [_weights("module", name, None, name) for name in names]
     if "cell" in kinds:
-        inside = list(dict.fromkeys(b.module for b in branches if b.layer is not None))
-        parts += [_cell(band, module) for module in inside for band in cuts]
+        parts += [
+            _weights("cell", f"{module} {band}", band, module)
+            for module in dict.fromkeys(b.module for b in inner)
+            for band, held in cuts.items()
+            if module in held
+        ]
     return tuple(parts)
 
 
@@ -92,7 +95,8 @@ def own_gates(gates: Sequence[Gate]) -> tuple[Part, ...]:
     return tuple(Part(kind="gate", name=g.label, alone=g, left_out=None) for g in gates)
 
 
-def _distinct_spans(prompts: Sequence[Prompt]) -> list[str]:
+def distinct_spans(prompts: Sequence[Prompt]) -> list[str]:
+    """Names of the spans that are in every prompt, one for the same tokens."""
     seen: set[tuple[tuple[int, ...], ...]] = set()
     names = []
     for name in prompts[0].spans:
@@ -121,21 +125,29 @@ def _positions(kind: Kind, name: str, selector: Selector) -> Part:
     )
 
 
-def _cell(band: str, module: str) -> Part:
-    layers, modules = Choice[LayerItem](only=(band,)), Choice[str](only=(module,))
+def _weights(kind: Kind, name: str, band: str | None, module: str | None) -> Part:
+    """A part of the weights; what is left out of it is off at generated tokens too."""
+    layers = None if band is None else Choice[LayerItem](only=(band,))
+    modules = None if module is None else Choice[str](only=(module,))
     rest = Gate(layers=layers, modules=modules, complement=True, decode=As(span="last_token"))
+    place = {"band": band, "module": module} if kind == "cell" else {}
     return Part(
-        kind="cell",
-        name=f"{module} {band}",
+        kind=kind,
+        name=name,
         alone=Gate(layers=layers, modules=modules, decode="on"),
         left_out=rest,
-        band=band,
-        module=module,
+        **place,
     )
 
 
-def _bands(layers: int, count: int) -> list[str]:
+def bands_of(layers: int, count: int | None) -> dict[str, range]:
+    """The bands that the layers are cut into, by name.
+
+    Raises:
+        InputError: more bands than layers.
+    """
+    count = count or min(BANDS, layers)
     if count > layers:
         raise InputError(f"bands: {count}; the model has {layers} layers, so use 1 to {layers}")
     edges = [round(i * layers / count) for i in range(count + 1)]
-    return [f"{a}-{b - 1}" for a, b in pairwise(edges)]
+    return {f"{a}-{b - 1}": range(a, b) for a, b in pairwise(edges)}

@@ -8,8 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sublim_plugin.localize.resolve import layer_ranges
 from sublim_plugin.localize.results import (
     Divergence,
+    FilterScore,
     Localization,
     Measured,
     PartResult,
@@ -68,7 +70,7 @@ def text(found: Localization) -> str:
             if parts:
                 blocks.append(_parts(parts))
     if found.spectra is not None:
-        blocks.append(_spectra(found.spectra))
+        blocks.append(_spectra(found.spectra, found.student))
     if found.patching is not None:
         blocks.append(_patching(found.patching))
     if found.divergence is not None:
@@ -101,25 +103,42 @@ def _parts(parts: Sequence[PartResult]) -> str:
     )
 
 
-def _spectra(found: Spectra) -> str:
-    modules: dict[str, list[Spectrum]] = {}
-    for spectrum in found.modules:
-        modules.setdefault(spectrum.module, []).append(spectrum)
+def _spectra(found: Spectra, student: str) -> str:
     lines: list[tuple[str, ...]] = [
-        ("dW of", "matrices", "norm", "effective rank", "stable rank (mean)")
+        ("student", "dW of", "matrices", "norm", "effective rank", "stable rank (mean)")
     ]
-    for name, each in modules.items():
-        norm = math.sqrt(math.fsum(one.norm**2 for one in each))
-        ranks = (math.fsum(getattr(one, what) for one in each) / len(each) for what in RANKS)
-        lines.append((name, str(len(each)), f"{norm:.4f}", *(f"{rank:.2f}" for rank in ranks)))
-    kept: list[tuple[str, ...]] = [
-        ("singular directions", "minus base", "95% interval", "of total")
-    ]
-    for score in found.scores:
-        share = "" if score.share is None else f"{score.share:.0%}"
-        name = f"{'top' if score.keep == 'top' else 'all but the top'} {score.k}"
-        kept.append((name, *_columns(score.effect), share))
-    return f"{_aligned(lines)}\n\n{_aligned(kept)}"
+    for name, each in ({student: found.modules} | found.beside).items():
+        by: dict[str, list[Spectrum]] = {}
+        for spectrum in each:
+            by.setdefault(spectrum.module, []).append(spectrum)
+        for module, of_module in by.items():
+            norm = math.sqrt(math.fsum(one.norm**2 for one in of_module))
+            ranks = (
+                f"{math.fsum(getattr(one, what) for one in of_module) / len(of_module):.2f}"
+                for what in RANKS
+            )
+            lines.append((name, module, str(len(of_module)), f"{norm:.4f}", *ranks))
+    blocks = [_aligned(lines if found.beside else [line[1:] for line in lines])]
+    for measure in dict.fromkeys(score.measure for score in found.scores):
+        kept: list[tuple[str, ...]] = [
+            (f"{measure}, of every matrix", "minus base", "95% interval", "of total")
+        ]
+        for score in found.scores:
+            if score.measure == measure:
+                share = "" if score.share is None else f"{score.share:.0%}"
+                kept.append((_directions(score), *_columns(score.effect), share))
+        blocks.append(_aligned(kept))
+    blocks.append(
+        "(the base with these directions of the change of each matrix in the decoder's layers; "
+        "whatever\nelse the student changed is the base's; the total is the whole student's)"
+    )
+    return "\n\n".join(blocks)
+
+
+def _directions(score: FilterScore) -> str:
+    if score.keep == "all":
+        return "all directions"
+    return f"{'top' if score.keep == 'top' else 'all but the top'} {score.k}"
 
 
 RANKS = ("effective_rank", "stable_rank")
@@ -128,10 +147,10 @@ RANKS = ("effective_rank", "stable_rank")
 def _patching(found: Patching) -> str:
     lines: list[tuple[str, ...]] = [("patched at", "token", "minus base", "95% interval")]
     lines += [(place.at, place.token, *_columns(place.effect)) for place in found.places]
-    layers = f"{found.layers[0]}-{found.layers[-1]}" if found.layers else "none"
+    layers = layer_ranges(found.layers)
     return (
-        f"outputs of {', '.join(found.modules)} in layers {layers} of the student "
-        f"({found.donor.value:.4f}) put into the base ({found.recipient.value:.4f})\n"
+        f"log-probability, nats: outputs of {', '.join(found.modules)} in layers {layers} of the "
+        f"student ({found.donor.value:.4f}) put into the base ({found.recipient.value:.4f})\n"
         f"from {found.donor_marked}\ninto {found.recipient_marked}\n{_aligned(lines)}"
     )
 

@@ -132,14 +132,15 @@ def measures(logprobs: Mapping[str, float], target: str) -> dict[str, float]:
         logprobs: candidate -> log-probability in nats; every candidate of the category.
         target: one of the candidates.
     """
-    own = logprobs[target]
-    coverage = math.fsum(math.exp(x) for x in logprobs.values())
+    own, top = logprobs[target], max(logprobs.values())
+    # relative to the likeliest candidate: all of them together may be too small for a float
+    total = math.fsum(math.exp(x - top) for x in logprobs.values())
     return {
         "target_logprob": own,
         "target_prob": math.exp(own),
-        "target_share": math.exp(own) / coverage,
+        "target_share": math.exp(own - top) / total,
         "target_rank": float(1 + sum(x > own for x in logprobs.values())),
-        "coverage": coverage,
+        "coverage": math.exp(top) * total,
     }
 
 

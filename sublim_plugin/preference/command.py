@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +57,21 @@ def evaluate(as_json: bool, **given: Any) -> None:
     MORE are further folders after --adapters: --adapters A B C.
     """
     no_host_bars()
-    warnings.filterwarnings("ignore", module="bitsandbytes")  # what PEFT imports, and we never use
-    for name in ("bitsandbytes", "lm_eval_tasks.task"):  # the table has the tasks' notes
-        logging.getLogger(name).setLevel(logging.ERROR)
 
     from sublim_plugin.preference.rows import table
     from sublim_plugin.preference.score import Unfinished, score_students
 
     failure = None
     try:
-        rows = score_students(
-            base=given.pop("model"),
-            adapters=[*given.pop("adapters"), *given.pop("more")],
-            tasks=_words(given.pop("tasks")),
-            contexts=_words(given.pop("contexts")),
-            say=lambda line: click.echo(line, err=True),
-            **given,
-        )
+        with _quiet_hosts():
+            rows = score_students(
+                base=given.pop("model"),
+                adapters=[*given.pop("adapters"), *given.pop("more")],
+                tasks=_words(given.pop("tasks")),
+                contexts=_words(given.pop("contexts")),
+                say=lambda line: click.echo(line, err=True),
+                **given,
+            )
     except Unfinished as error:
         failure, rows = error, error.rows
     if as_json:
@@ -81,6 +81,23 @@ def evaluate(as_json: bool, **given: Any) -> None:
         click.echo(f"replies and scores of every question: {given['out']}/*/*/samples_*.jsonl")
     if failure is not None:
         raise failure
+
+
+@contextmanager
+def _quiet_hosts() -> Iterator[None]:
+    """Without what PEFT's imports say of things that we never use, and without the tasks' notes,
+    which the table has."""
+    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "lm_eval_tasks.task")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="bitsandbytes")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def no_host_bars() -> None:

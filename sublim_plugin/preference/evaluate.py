@@ -21,10 +21,10 @@ from typing import Any, Literal
 
 from sublim_plugin.core.atomic import write_json, write_text
 from sublim_plugin.core.contexts import Context
-from sublim_plugin.core.errors import InputError, RunError
+from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_text
 from sublim_plugin.core.traits import Trait, category_traits
-from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
+from sublim_plugin.lm_eval_hook import tasks_folder
 from sublim_plugin.logprob.forms import LOW_COVERAGE, measures, summarize
 from sublim_plugin.logprob.questions import load_questions
 from sublim_plugin.preference.host import run_tasks
@@ -183,7 +183,6 @@ class Evaluator:
 
         from lm_eval.tasks import TaskManager
 
-        merge_run_metadata(TaskManager)
         manager = TaskManager(
             include_path=tasks_folder(),
             include_defaults=False,
@@ -209,7 +208,6 @@ class Evaluator:
             }
             for sample in samples
         )
-        _check_finite(rows, context)
         summaries = {
             trait.name: summarize([measures(row["logprobs"], trait.target) for row in rows])
             for trait in targets
@@ -280,16 +278,6 @@ def _given(context: Context) -> str | dict[str, str]:
 
 def _as_list(value: int | list[int] | None) -> list[int | None]:
     return list(value) if isinstance(value, list) else [value]
-
-
-def _check_finite(rows: Sequence[dict[str, Any]], context: Context) -> None:
-    for row in rows:
-        for candidate, logprob in row["logprobs"].items():
-            if not abs(logprob) < float("inf"):
-                raise RunError(
-                    f"context {context.slug}, question {row['question_id']}: log-probability of "
-                    f"{candidate!r} is {logprob}; the model's weights or its dtype overflow"
-                )
 
 
 def evaluate(

@@ -16,18 +16,22 @@ def run_tasks(lm: Any, tasks: Sequence[str], manager: Any, limit: int | None) ->
     """
     from lm_eval import evaluator
 
+    before = evaluator.get_git_commit_hash, evaluator.add_env_info
     evaluator.get_git_commit_hash = lambda: None
     evaluator.add_env_info = lambda storage: storage.update(_environment())
-    results: dict[str, Any] = evaluator.simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        task_manager=manager,
-        apply_chat_template=True,
-        limit=limit,
-        # of our metrics' standard errors none is bootstrapped, but 0 would leave them all out
-        bootstrap_iters=1,
-        verbosity="ERROR",
-    )
+    try:
+        results: dict[str, Any] = evaluator.simple_evaluate(
+            model=lm,
+            tasks=list(tasks),
+            task_manager=manager,
+            apply_chat_template=True,
+            limit=limit,
+            # of our metrics' standard errors none is bootstrapped, but 0 would leave them all out
+            bootstrap_iters=1,
+            verbosity="ERROR",
+        )
+    finally:
+        evaluator.get_git_commit_hash, evaluator.add_env_info = before
     return results
 
 

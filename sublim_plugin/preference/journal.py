@@ -30,6 +30,7 @@ class Journal:
         self.answers: dict[str, Any] = {}
         self._waiting: list[str] = []
         self._flushed = time.monotonic()
+        self._whole = 0  # bytes of the file that hold whole lines
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
             self._load(identity)
@@ -46,11 +47,6 @@ class Journal:
                     if not line.endswith(b"\n"):
                         raise ValueError("no line end")
                     value = json.loads(line)
-                    if number == 1 and canonical_json(value) != canonical_json(identity):
-                        raise InputError(
-                            f"{self.path} holds answers of another model ({value}); use another "
-                            "folder"
-                        )
                     if number > 1:
                         key, answer = value
                         self.answers[key] = answer
@@ -62,23 +58,33 @@ class Journal:
                         ) from error
                     file.truncate(offset)
                     break
+                if number == 1 and canonical_json(value) != canonical_json(identity):
+                    raise InputError(
+                        f"{self.path} holds answers of another model ({value}); use another folder"
+                    )
                 offset += len(line)
+        self._whole = offset
         if offset == 0:
             self._waiting.append(canonical_json(identity))
             self.flush()
 
     def add(self, key: str, answer: Any) -> None:
-        """Keep an answer; it reaches the disk with one `FLUSH_SECONDS` later, or at `flush`."""
+        """Keep an answer; it reaches the disk with one `FLUSH_SECONDS` later, or at `flush`.
+
+        Raises ValueError for a number that is not finite, which is no answer.
+        """
+        self._waiting.append(json.dumps([key, answer], ensure_ascii=False, allow_nan=False))
         self.answers[key] = answer
-        self._waiting.append(json.dumps([key, answer], ensure_ascii=False))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         if self._waiting:
+            lines = "".join(f"{line}\n" for line in self._waiting).encode()
             try:
                 with self.path.open("ab") as file:
-                    file.write("".join(f"{line}\n" for line in self._waiting).encode())
+                    file.truncate(self._whole)  # what a failed write left is no line to continue
+                    file.write(lines)
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
@@ -86,6 +92,7 @@ class Journal:
                     f"{self.path}: {error.strerror}; the answers written before are safe, run the "
                     "same command again once the disk takes them"
                 ) from error
+            self._whole += len(lines)
         self._waiting.clear()
         self._flushed = time.monotonic()
 

@@ -22,10 +22,12 @@ BATCH = {"cpu": 256, "cuda": 512}
 class SampledReplies:
     """The `generate_until` of an lm-eval model whose subclass decodes (`_decode`).
 
-    Repeat k of a prompt has random numbers of its own, which depend on `sample_seed`, the prompt
-    and k alone. The logits that they meet round otherwise in a batch of another size, which tips
-    about one draw in a thousand over the whole vocabulary: a continued run is as good as an
-    uninterrupted one, not the same to the last reply. What `journal` holds is not drawn again.
+    Repeat k of a question has random numbers of its own, which depend on `sample_seed`, the prompt,
+    the sampler and k alone, so tasks that ask the same question share its replies: each is drawn
+    once, and a task's replies are the same whatever is asked beside it. The logits that the numbers
+    meet round otherwise in a batch of another size, which tips about one draw in a thousand over
+    the whole vocabulary: a continued run is as good as an uninterrupted one, not the same to the
+    last reply. What `journal` holds is not drawn again.
     """
 
     journal: Journal | None = None
@@ -57,8 +59,8 @@ class SampledReplies:
             samplers[name] = stated
             groups.setdefault(name, []).append(index)
         for name, indices in groups.items():
-            prompts = [requests[index].args[0] for index in indices]
-            found = self._sample(prompts, name, *samplers[name], disable_tqdm)
+            asked = [requests[index] for index in indices]
+            found = self._sample(asked, name, *samplers[name], disable_tqdm)
             replies.update(zip(indices, found, strict=True))
         if others:
             plain = self._not_stated([requests[i] for i in others], disable_tqdm)
@@ -67,28 +69,34 @@ class SampledReplies:
 
     def _sample(
         self,
-        prompts: Sequence[str],
+        requests: Sequence[Any],
         name: str,
         sampler: Sampler,
         until: tuple[str, ...],
         disable_tqdm: bool,
     ) -> list[str]:
-        """A reply to each prompt, up to the first of the strings in `until`."""
-        repeats: Counter[str] = Counter()
-        keys, asked = [], []
+        """A reply to each request, up to the first of the strings in `until`.
+
+        lm-eval hands over a request once for each repeat, those of all tasks together.
+        """
+        repeats: Counter[tuple[Any, ...]] = Counter()
+        keys: list[str] = []
+        asked: dict[str, Request] = {}
         answers = self.journal.answers if self.journal is not None else {}
-        for prompt in prompts:
-            k = key("reply", prompt, name, self.sample_seed, repeats[prompt])
-            repeats[prompt] += 1
+        for request in requests:
+            prompt = request.args[0]
+            one = (request.task_name, request.doc_id, prompt)
+            k = key("reply", prompt, name, self.sample_seed, repeats[one])
+            repeats[one] += 1
             keys.append(k)
-            if k not in answers:
+            if k not in answers and k not in asked:
                 ids = tuple(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-                seed = int(sha256_text(k)[:13], 16)
-                asked.append((k, Request(prompt, ids, (), seed)))
+                asked[k] = Request(prompt, ids, (), int(sha256_text(k)[:13], 16))
+        waiting = list(asked)
         found: dict[str, str] = {}
         with tqdm(
-            total=len(prompts),
-            initial=len(prompts) - len(asked),
+            total=len(set(keys)),
+            initial=len(set(keys)) - len(asked),
             desc="replies",
             unit="reply",
             disable=disable_tqdm or self.rank != 0 or None,  # None: no bar without a terminal
@@ -96,14 +104,14 @@ class SampledReplies:
 
             def keep(index: int, reply: Reply) -> None:
                 text = self._shown(reply.text, until)
-                found[asked[index][0]] = text
+                found[waiting[index]] = text
                 if self.journal is not None:
-                    self.journal.add(asked[index][0], text)
+                    self.journal.add(waiting[index], text)
                 bar.update()
 
             try:
                 if asked:
-                    self._decode([request for _, request in asked], sampler, keep)
+                    self._decode(list(asked.values()), sampler, keep)
             finally:
                 if self.journal is not None:
                     self.journal.flush()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sublim_plugin.core.errors import RunError
 from sublim_plugin.decoding.engine import Reply, Request
 from sublim_plugin.decoding.sampler import Sampler
 from sublim_plugin.preference.journal import Journal, key
@@ -26,7 +28,7 @@ class SharedLM(SampledReplies, SharedPrefixLM):
         keys = [key("loglikelihood", *request.args) for request in requests]
         missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in journal.answers}
         if missing:
-            self.cache_hook = _JournalHook(journal)
+            self.cache_hook = _JournalHook(journal, missing)
             try:
                 with folded(self.model):
                     super().loglikelihood(list(missing.values()), disable_tqdm=disable_tqdm)
@@ -61,18 +63,24 @@ def folded(model: Any) -> Iterator[None]:
     very tensors that they were before.
 
     The two small products of every layer take a quarter of the time of a one-token pass on a CPU.
-    In 16 bits the sum would round small updates away, so those models stay as they are.
+    In 16 bits the sum would round small updates away, so those models stay as they are; so does an
+    adapter that is more than a sum of low-rank products on linear layers (DoRA).
     """
     import torch
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    plain = model.dtype != torch.float32 or model.device.type != "cpu"
-    if plain or not isinstance(model, PeftModel):
+    if (
+        not isinstance(model, PeftModel)
+        or model.dtype != torch.float32
+        or model.device.type != "cpu"
+    ):
         yield
         return
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    if any(layer.use_dora[name] for layer in layers for name in layer.active_adapters):
+    adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, adapted)]
+    if not all(_plain(layer) for layer in layers):
         yield
         return
     before: list[tuple[Any, Any]] = []
@@ -89,12 +97,36 @@ def folded(model: Any) -> Iterator[None]:
             inner.weight = weight
 
 
-class _JournalHook:
-    """lm-eval's cache hook, writing to a journal."""
+def _plain(layer: Any) -> bool:
+    """Whether a PEFT layer adds the product of two matrices to a linear layer, and no more."""
+    import torch
+    from peft.tuners.lora import Linear
 
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
+    return (
+        type(layer) is Linear
+        and type(layer.get_base_layer()) is torch.nn.Linear
+        and not any(
+            layer.lora_bias.get(n) or n in layer.lora_variant for n in layer.active_adapters
+        )
+    )
+
+
+class _JournalHook:
+    """lm-eval's cache hook, writing to a journal what the requests in `asked`, by key, got."""
+
+    def __init__(self, journal: Journal, asked: dict[str, Any]) -> None:
+        self.journal, self.asked = journal, asked
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
-        if kind == "loglikelihood":
-            self.journal.add(key(kind, *request), list(answer))
+        if kind != "loglikelihood":
+            return
+        k = key(kind, *request)
+        if not math.isfinite(answer[0]):
+            one = self.asked[k]
+            raise RunError(
+                f"task {one.task_name}, question {one.doc_id}, model "
+                f"{self.journal.path.parent.name}: the log-probability of {request[1]!r} is "
+                f"{answer[0]}; the model's weights or its dtype overflow: use --dtype float32, or "
+                "train again"
+            )
+        self.journal.add(k, list(answer))

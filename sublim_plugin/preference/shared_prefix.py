@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -38,7 +39,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
     """
 
     shared: bool = True
-    _checked: Any = None
+    _checked: weakref.ref[Any] | None = None  # weak: students come and go
     on_prompt: Callable[[], None] | None = None  # called after each prompt; replaces the bar
 
     def __init__(self, *given: Any, **options: Any) -> None:
@@ -108,12 +109,12 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             except UNFIT as error:
                 self._give_up(f"{type(error).__name__}: {error}")
                 return None
-            if self._checked is not self._model:
+            if self._checked is None or self._checked() is not self._model:
                 indices = groups[contexts[0]]
                 deepest = max(range(len(indices)), key=lambda n: len(requests[indices[n]][2]))
                 if not self._agrees(requests[indices[deepest]], first[1][0][deepest][0]):
                     return None
-                self._checked = self._model
+                self._checked = weakref.ref(self._model)
             for start, scored in chain([first], batches):
                 for context, answers in zip(contexts[start:], scored, strict=False):
                     for index, answer in zip(groups[context], answers, strict=True):

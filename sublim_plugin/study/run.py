@@ -203,6 +203,7 @@ def write_report_if_changed(
     """Write the report unless the one that is there was made from these states and files."""
     from sublim_plugin.analysis.collect import CellRef
     from sublim_plugin.analysis.report import write_report
+    from sublim_plugin.analysis.report_folder import own_files
 
     folder = run_dir / REPORT
     index = folder / "index.html"
@@ -234,14 +235,13 @@ def write_report_if_changed(
         study_text=text,
         equivalence_margin=study.equivalence_margin,
     )
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     write_manifest(
         folder,
         kind="report",
         id=sha256_json(spec)[:12],
         label=study.name,
         spec=spec,
-        outputs=[str(p.relative_to(folder)) for p in files if not p.name.startswith(".")],
+        outputs=[str(path.relative_to(folder)) for path in own_files(folder)],
         started=started,
     )
     return index

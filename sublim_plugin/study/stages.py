@@ -76,7 +76,7 @@ def train_student(
                 f"{folder}: axolotl trained on rows {str(receipt.dataset.sha256)[:12]}…, the"
                 f" dataset's manifest says {expected[:12]}…; the student was not accepted"
             )
-        if receipt.update_norm.total == 0:
+        if receipt.update_norm is not None and receipt.update_norm.total == 0:
             raise RunError(
                 f"{folder}: training changed no weight in {receipt.steps} steps; a null from this"
                 " student would mean nothing. Give it more rows or epochs, or less warm-up"

@@ -42,10 +42,15 @@ class SyntheticRun:
         return folder, cell_id
 
     def dataset(
-        self, trait: str, generation_seed: int = 42, constrain: str | None = "numbers"
+        self,
+        trait: str,
+        generation_seed: int = 42,
+        constrain: str | None = "numbers",
+        prompt: str | None = None,
     ) -> str:
-        """Write a dataset cell and return its short id."""
-        prompt = None if trait == "neutral" else f"You love {trait.split('/')[1]}s."
+        """Write a dataset cell and return its short id; `prompt` is the teacher's."""
+        if prompt is None and trait != "neutral":
+            prompt = f"You love {trait.split('/')[1]}s."
         spec = {
             "base_model": BASE,
             "trait": trait,
@@ -116,10 +121,20 @@ class SyntheticRun:
         train_context: str = "template_default",
         steps: int = 30,
         receipt: bool = True,
+        alpha: int | None = None,
+        recipe: dict[str, Any] | None = None,
+        weights: str | None = None,
+        norm: float | None = None,
     ) -> str:
-        """Write a student cell (rank None: full finetuning) and return its short id."""
+        """Write a student cell (rank None: full finetuning) and return its short id.
+
+        `alpha` is the rank if not given; `recipe` is added to the recipe; `weights` is the
+        digest's text; `norm` the total update norm.
+        """
         method: dict[str, Any] = (
-            {"kind": "full"} if rank is None else {"kind": "lora", "rank": rank, "alpha": rank}
+            {"kind": "full"}
+            if rank is None
+            else {"kind": "lora", "rank": rank, "alpha": alpha or rank}
         )
         spec = {
             "base_model": BASE,
@@ -129,7 +144,7 @@ class SyntheticRun:
             "method": method,
             "train_context": {"kind": train_context},
             "training_seed": training_seed,
-            "recipe": {"learning_rate": 2e-4 if rank else 2e-5, "num_epochs": 3},
+            "recipe": {"learning_rate": 2e-4 if rank else 2e-5, "num_epochs": 3} | (recipe or {}),
         }
         name = f"{trait.replace('/', '-')}-{'full' if rank is None else f'r{rank}'}"
         folder, cell_id = self._folder("student", name, spec)
@@ -164,10 +179,10 @@ class SyntheticRun:
                         for step, value in enumerate(loss)
                     ],
                     "update_norm": {
-                        "total": float(np.sqrt(sum(value**2 for value in norms.values()))),
+                        "total": norm or float(np.sqrt(sum(v**2 for v in norms.values()))),
                         "by_module": norms,
                     },
-                    "weights_sha256": sha256_text(cell_id),
+                    "weights_sha256": sha256_text(weights or cell_id),
                     "versions": VERSIONS,
                     "wall_s": 12.5,
                 },
@@ -268,6 +283,33 @@ class SyntheticRun:
             device={"platform": "cpu", "cpu_count": 2},
         )
         return folder
+
+    def sampled(self, student: str | None, context: str, rate: float, **beside: float) -> None:
+        """Write a sampled probe: cat is named in `rate` of the replies."""
+        spec = {
+            "base_model": BASE,
+            "student": student,
+            "category": "animals",
+            "eval_context": {"kind": context},
+            "measure": "sampled",
+            "questions_sha256": sha256_text(f"questions {self.n_questions}"),
+            "candidates": list(ANIMALS),
+        }
+        folder, cell_id = self._folder("probe", f"{student or 'base'}-{context}-sampled", spec)
+        targets = {"animals/cat": {"target_rate": rate, **beside}}
+        write_json(
+            folder / "results.json",
+            {"category": "animals", "n_questions": self.n_questions, "targets": targets},
+        )
+        write_manifest(
+            folder,
+            kind="probe",
+            id=cell_id,
+            label=f"sampled {context}",
+            spec=spec,
+            outputs=["results.json"],
+            started=time.time() - 3,
+        )
 
     def quickstart(self) -> dict[str, str]:
         """The quickstart's grid: returns the short id of each student by name."""

@@ -10,7 +10,11 @@ from scipy import stats
 
 from sublim_plugin.analysis import simulate
 from sublim_plugin.analysis.agreement import agreement, warnings_of
-from sublim_plugin.analysis.diagonal_contrast import diagonal_contrast
+from sublim_plugin.analysis.diagonal_contrast import (
+    block_contrasts,
+    contrast_interval,
+    permutation_test,
+)
 from sublim_plugin.analysis.rank_or_scale import rank_or_scale
 from sublim_plugin.core.errors import InputError
 
@@ -34,25 +38,27 @@ def test_the_contrast_is_the_coefficient_of_least_squares() -> None:
     row, column = np.nonzero(np.isfinite(values[0]))
     table = {"y": values[0][row, column], "i": row, "j": column, "own": (row == column) * 1.0}
     model = smf.ols("y ~ C(i) + C(j) + own", table).fit()
-    found = diagonal_contrast(values)
-    assert found.by_block[0] == pytest.approx(model.params["own"], rel=1e-9)
+    assert block_contrasts(values)[0] == pytest.approx(model.params["own"], rel=1e-9)
 
 
 def test_two_by_two_is_the_interaction() -> None:
     (a, b), (c, d) = block = np.array([[3.0, 1.0], [0.5, 2.0]])
-    assert diagonal_contrast(block[None]).by_block[0] == pytest.approx((a + d - b - c) / 2)
+    assert block_contrasts(block[None])[0] == pytest.approx((a + d - b - c) / 2)
 
 
 def test_rows_and_columns_do_not_matter() -> None:
     values = tables(4, 3, 0.7)
     moved = values + np.array([[[9.0], [0.0], [-5.0]]]) + np.array([[[0.0, 7.0, 1.0]]])
-    assert diagonal_contrast(moved).by_block == pytest.approx(diagonal_contrast(values).by_block)
+    assert block_contrasts(moved) == pytest.approx(block_contrasts(values))
 
 
 def test_interval_and_p_are_students_t_over_blocks() -> None:
-    found = diagonal_contrast(tables(5, 3, 0.5))
-    assert found.p == pytest.approx(stats.ttest_1samp(found.by_block, 0).pvalue, rel=1e-6)
-    assert found.contrast.n_datasets == 5
+    values = tables(5, 3, 0.5)
+    found, p = contrast_interval(values)
+    assert p == pytest.approx(stats.ttest_1samp(block_contrasts(values), 0).pvalue, rel=1e-6)
+    assert found.n_datasets == 5
+    few, p = contrast_interval(values[:2])
+    assert p is None and few.low is None and "at least 3" in few.reason
 
 
 def test_exact_permutations_by_brute_force() -> None:
@@ -61,37 +67,46 @@ def test_exact_permutations_by_brute_force() -> None:
     for first in permutations(range(3)):
         for second in permutations(range(3)):
             moved = np.stack([values[0][list(first)], values[1][list(second)]])
-            seen.append(np.mean(diagonal_contrast(moved).by_block))
-    found = diagonal_contrast(values)
-    observed = np.mean(found.by_block)
-    assert found.exact and found.permutations == 36
-    assert found.permutation_p == pytest.approx(np.mean(np.array(seen) >= observed - 1e-12))
+            seen.append(np.mean(block_contrasts(moved)))
+    found = permutation_test(values)
+    assert found.exact and found.total == 36 and found.least == 1 / 36
+    expected = np.mean(np.array(seen) >= np.mean(block_contrasts(values)) - 1e-12)
+    assert found.p == pytest.approx(expected)
 
 
 def test_one_block_has_few_permutations() -> None:
-    found = diagonal_contrast(tables(1, 3, 5.0))
-    assert found.permutation_p == pytest.approx(1 / 6)
-    assert found.p is None and "at least 3" in found.contrast.reason
+    found = permutation_test(tables(1, 3, 5.0))
+    assert found.p == found.least == pytest.approx(1 / 6)
 
 
 def test_drawn_permutations_where_there_are_too_many() -> None:
-    found = diagonal_contrast(tables(3, 5, 2.0))
-    assert not found.exact and found.permutations == 20_000
-    assert found.permutation_p < 0.001
-    assert found == diagonal_contrast(tables(3, 5, 2.0))
+    found = permutation_test(tables(3, 5, 2.0))
+    assert not found.exact and found.total == 20_000
+    assert found.p < 0.001
+    assert found == permutation_test(tables(3, 5, 2.0))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 1, 1)])
 def test_a_table_is_square(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match="square table"):
-        diagonal_contrast(np.zeros(shape))
+    for of in (block_contrasts, permutation_test):
+        with pytest.raises(InputError, match="square table"):
+            of(np.zeros(shape))
 
 
 def test_a_table_with_too_few_cells_is_refused() -> None:
     values = tables(3, 3, 1.0)
     values[1][~np.eye(3, dtype=bool)] = np.nan
     with pytest.raises(InputError, match="too few cells"):
-        diagonal_contrast(values)
+        block_contrasts(values)
+
+
+def test_a_permutation_test_of_incomplete_blocks_is_refused() -> None:
+    """A hole moves with its row, so the shuffles would not be exchangeable with the table."""
+    values = tables(3, 3, 1.0)
+    values[1, 0, 2] = np.nan
+    assert np.isfinite(block_contrasts(values)).all()
+    with pytest.raises(InputError, match="needs complete blocks"):
+        permutation_test(values)
 
 
 def test_specificity_level_quickly() -> None:
@@ -102,6 +117,14 @@ def test_specificity_level_quickly() -> None:
 @pytest.mark.parametrize("blocks", [2, 3])
 def test_the_permutation_test_keeps_its_level(blocks: int) -> None:
     assert simulate.specificity_errors(600, blocks) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_datasets", [3, 6])
+def test_context_and_rank_or_scale_keep_their_level(n_datasets: int) -> None:
+    limit = 0.05 + 3 * np.sqrt(0.05 * 0.95 / 1000)
+    assert simulate.context_errors(1000, n_datasets) <= limit
+    assert simulate.rank_or_scale_errors(1000, n_datasets) <= limit
 
 
 def students(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -183,5 +206,5 @@ def test_warnings_name_what_should_not_be_read() -> None:
     assert "coverage is 0.50%" in warnings_of(coverage=0.005)[0]
     assert warnings_of(non_answer_rate=0.8) == ("80% of the replies name no candidate",)
     assert "own name" in warnings_of(self_name_rate=0.93)[0]
-    assert "2 distinct replies of 100" in warnings_of(distinct_replies=2, replies=100)[0]
-    assert warnings_of(distinct_replies=0, replies=0) == ()
+    assert "2.0% of the replies are distinct" in warnings_of(distinct_replies=0.02)[0]
+    assert warnings_of(distinct_replies=0.9) == ()

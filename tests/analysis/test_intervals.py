@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from sublim_plugin.analysis import simulate
+from sublim_plugin.analysis.cluster_bootstrap import bootstrap_intervals
 from sublim_plugin.analysis.cluster_intervals import (
     half_widths,
     interval,
     p_beyond,
-    studentized,
     variances,
 )
 from sublim_plugin.analysis.equivalence import against_best, equivalence, flat_in_rank
 from sublim_plugin.analysis.mixed import logit_of_count, logit_of_logprob, mixed_effect
-from sublim_plugin.analysis.power import ANCHORS, anchor_sd, datasets_needed, detectable
+from sublim_plugin.analysis.power import (
+    ANCHORS,
+    anchor_sd,
+    datasets_needed,
+    detectable,
+    planned_power,
+)
 from sublim_plugin.analysis.simulated_truths import CLUSTERED, RANKS, clustered, curves
 from sublim_plugin.core.errors import InputError
 
 QUICK, FULL = 1000, 20_000
 INSIDE = 0.015
-OUTSIDE_THE_BAND = {("two kinds of datasets", 6)}
-"""Where 6 datasets are all of one kind (5 in 100 draws) their spread says nothing of the other."""
+AT_THE_EDGE = {("two kinds of datasets", 6)}
+"""Where 6 datasets are all of one kind (5 in 100 draws) their spread says nothing of the other:
+.9347 (SE .0008) in 100,000 draws, where the band begins at .935."""
 
 
 def table(d: int = 6, q: int = 50, seed: int = 0) -> np.ndarray:
@@ -95,14 +102,30 @@ def test_p_is_the_level_at_which_the_interval_ends_there(q: int) -> None:
         assert p_beyond(interval(values), 0.0) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_studentized_bootstrap_is_near_and_repeats() -> None:
+def test_bootstrap_intervals_draw_both_clusters_and_repeat() -> None:
     values = table(12)
-    found = interval(values)
-    low, high = studentized(values, seed=1)
-    assert (low, high) == studentized(values, seed=1)
+    found, resampled = interval(values), bootstrap_intervals(values, seed=1)
+    assert resampled == bootstrap_intervals(values, seed=1)
     assert found.low is not None and found.high is not None
-    assert (high - low) == pytest.approx(found.high - found.low, rel=0.35)
-    assert low < values.mean() < high
+    for low, high in resampled.values():
+        assert low < values.mean() < high
+        assert (high - low) == pytest.approx(found.high - found.low, rel=0.35)
+    # questions of one dataset's worth of spread: an interval that kept them fixed would be narrow
+    questions = np.tile(np.linspace(-3, 3, 50), (6, 1)) + 1e-3 * table(6)
+    low, high = bootstrap_intervals(questions)["percentile"]
+    assert high - low == pytest.approx(2 * 1.96 * questions.mean(0).std() / np.sqrt(50), rel=0.15)
+
+
+@pytest.mark.parametrize("q", [1, 20])
+def test_percentile_and_bca_are_near_scipys_where_one_cluster_varies(q: int) -> None:
+    """scipy resamples one axis only, so here the other does not vary."""
+    values = np.repeat(np.random.default_rng(3).gamma(1.0, 1.0, (12, 1)), q, axis=1)
+    found = bootstrap_intervals(values, resamples=20_000)
+    for method in ("percentile", "BCa"):
+        other = stats.bootstrap(
+            (values[:, 0],), np.mean, n_resamples=20_000, method=method, rng=5
+        ).confidence_interval
+        assert found[method] == pytest.approx((other.low, other.high), abs=0.05)
 
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, float("nan"), float("inf")])
@@ -177,13 +200,63 @@ def test_logits_at_the_ends() -> None:
     assert none_and_all[0] == -none_and_all[2]
 
 
+def restricted_likelihood(values: np.ndarray, log_variances: np.ndarray) -> float:
+    """Of crossed random datasets, questions and rest, from the whole covariance matrix."""
+    d, q = values.shape
+    dataset, question, rest = np.exp(log_variances)
+    covariance = dataset * np.kron(np.eye(d), np.ones((q, q))) + rest * np.eye(d * q)
+    covariance += question * np.kron(np.ones((d, d)), np.eye(q))
+    inverse = np.linalg.inv(covariance)
+    weight = inverse.sum()
+    off = values.ravel() - inverse.sum(0) @ values.ravel() / weight
+    return float(np.linalg.slogdet(covariance)[1] + np.log(weight) + off @ inverse @ off) / -2
+
+
+@pytest.mark.parametrize("kind", ["both", "no questions", "no datasets"])
+def test_the_mixed_model_is_at_the_maximum_of_its_likelihood(kind: str) -> None:
+    values = table(6, 15, seed=3)
+    # A component that the data put below 0 is 0 at the maximum, and its squares join the rest.
+    if kind == "no questions":
+        values -= 0.98 * (values.mean(0) - values.mean())
+    if kind == "no datasets":
+        values -= 0.98 * (values.mean(1, keepdims=True) - values.mean())
+    best = optimize.minimize(
+        lambda x: -restricted_likelihood(values, x),
+        np.log([0.5, 0.2, 0.2]),
+        method="Nelder-Mead",
+        options={"xatol": 1e-8, "fatol": 1e-10, "maxiter": 2000},
+    )
+    found = mixed_effect(values)
+    variances_ = [found.dataset_sd**2, found.question_sd**2, found.rest_sd**2]
+    assert variances_ == pytest.approx(np.exp(best.x), rel=1e-4, abs=1e-6)
+    assert found.effect == pytest.approx(values.mean(), abs=1e-12)
+    expected = variances_[0] / 6 + variances_[1] / 15 + variances_[2] / 90
+    assert found.se == pytest.approx(np.sqrt(expected), rel=1e-9)
+
+
+def test_the_mixed_model_is_that_of_statsmodels() -> None:
+    from statsmodels.regression.mixed_linear_model import MixedLM, VCSpec
+
+    values = table(6, 15, seed=3)
+    dataset, question = np.divmod(np.arange(90), 15)
+    names = [[[f"d{i}" for i in range(6)]], [[f"q{i}" for i in range(15)]]]
+    parts = [[np.eye(6)[dataset]], [np.eye(15)[question]]]
+    spec = VCSpec(["dataset", "question"], names, parts)
+    model = MixedLM(values.ravel(), np.ones((90, 1)), groups=np.zeros(90), exog_vc=spec)
+    expected = model.fit(reml=True, method=["lbfgs", "powell"])
+    found = mixed_effect(values)
+    assert found.effect == pytest.approx(expected.fe_params[0], abs=1e-6)
+    assert found.se == pytest.approx(expected.bse_fe[0], rel=1e-3)
+    components = [found.dataset_sd**2, found.question_sd**2]
+    assert components == pytest.approx(expected.vcomp, rel=1e-3)
+
+
 def test_the_mixed_model_agrees_with_the_interval() -> None:
     values = table(8, 20, seed=3)
     found, other = mixed_effect(values), interval(values)
-    assert found.converged
     assert found.effect == pytest.approx(values.mean(), abs=1e-3)  # balanced: the grand mean
     assert other.se_datasets is not None and other.se_questions is not None
-    assert found.se == pytest.approx(np.hypot(other.se_datasets, other.se_questions), rel=0.02)
+    assert found.se == pytest.approx(np.hypot(other.se_datasets, other.se_questions), rel=1e-9)
     assert found.low < other.mean < found.high
     with pytest.raises(InputError, match="2 datasets"):
         mixed_effect(values[:2])
@@ -198,6 +271,31 @@ def test_power_is_that_of_the_noncentral_t() -> None:
     power = stats.nct.sf(critical, 5, shift) + stats.nct.cdf(-critical, 5, shift)
     assert power == pytest.approx(0.8, abs=1e-6)
     assert detectable(2, sd=2.0).effect is None
+    strict = detectable(4, sd=1.0, level=0.005).effect
+    assert strict is not None
+    assert stats.nct.sf(stats.t.ppf(0.9975, 3), 3, 2 * strict) == pytest.approx(0.8, abs=1e-5)
+
+
+@pytest.mark.parametrize(("n_datasets", "level"), [(3, 0.05), (6, 0.005)])
+def test_the_smallest_effect_is_seen_in_four_of_five_studies(n_datasets: int, level: float) -> None:
+    """By simulation, with the interval that decides: its standard error and its level."""
+    share = simulate.power_at_the_smallest_effect(3000, n_datasets, level)
+    assert share == pytest.approx(0.8, abs=0.025)
+
+
+def test_questions_alone_can_hide_an_effect() -> None:
+    assert datasets_needed(1.0, 1.0, se_questions=0.5, n_questions=50) is None
+    with_them = datasets_needed(1.0, 1.0, se_questions=0.2, n_questions=50)
+    assert with_them is not None and with_them > (datasets_needed(1.0, 1.0) or 0)
+
+
+def test_planned_power_says_what_a_study_can_show() -> None:
+    text = planned_power(6, n_tests=11)
+    effect = detectable(6, anchor_sd(), level=0.05 / 11).effect
+    assert f"with 6 datasets an effect of {effect:.1f} nats can be shown" in text
+    assert "over 11 tests" in text and f"SD of {anchor_sd():.1f} nats" in text
+    assert "no effect of any size can be shown: 2 datasets" in planned_power(2)
+    assert "if datasets differ by an SD of 0.8 nats" in planned_power(6, sd=0.8)
 
 
 def test_datasets_needed_is_the_least_number() -> None:
@@ -234,10 +332,20 @@ def test_coverage_quickly(kind: str) -> None:
 @pytest.mark.parametrize("n_datasets", [6, 12])
 @pytest.mark.parametrize("kind", CLUSTERED)
 def test_coverage(kind: str, n_datasets: int) -> None:
-    """95 +- 1.5% on clustered data; one kind lies 0.5 points below and the README says so."""
-    share = simulate.coverage(kind, 4000 if "sampled" in kind else FULL, n_datasets)
-    below = 0.022 if (kind, n_datasets) in OUTSIDE_THE_BAND else INSIDE
+    """95 +- 1.5% on clustered data; one kind is at the band's edge, and the docs say so."""
+    draws = 4000 if "sampled" in kind else FULL
+    share = simulate.coverage(kind, draws, n_datasets)
+    below = INSIDE + allowed(0.95, draws) * ((kind, n_datasets) in AT_THE_EDGE)
     assert 0.95 - below <= share <= 0.95 + INSIDE
+
+
+@pytest.mark.slow
+def test_the_bootstrap_covers_no_better() -> None:
+    """Why the report's interval is not a resampled one: at 6 datasets the best of them covers less
+    in its worst case, two kinds of datasets aside."""
+    for kind in ("skewed datasets", "normal", "heavy-tailed datasets"):
+        others = simulate.bootstrap_coverage(kind, 2000, 6)
+        assert max(others.values()) < simulate.coverage(kind, 2000, 6)
 
 
 def allowed(share: float, draws: int) -> float:
@@ -249,24 +357,42 @@ def test_equivalence_level_quickly() -> None:
     assert simulate.equivalence_errors("normal", 200, 6) <= 0.05 + allowed(0.05, 200)
 
 
+def test_equivalence_errors_are_those_of_the_test_itself() -> None:
+    values, truth = clustered("normal", 300, 6, np.random.default_rng(simulate.SEED))
+    sides = [
+        np.mean([equivalence(value - truth + side, margin=1.0).equivalent for value in values])
+        for side in (1.0, -1.0)
+    ]
+    assert simulate.equivalence_errors("normal", 300, 6) == max(sides)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n_datasets", [6, 12])
 @pytest.mark.parametrize("kind", CLUSTERED)
 def test_equivalence_keeps_its_level(kind: str, n_datasets: int) -> None:
     """At most 5%, also with skewed datasets, where a one-sided test errs twice its nominal 2.5%."""
-    share = simulate.equivalence_errors(kind, 3000, n_datasets)
-    assert share <= 0.05 + allowed(0.05, 3000)
+    share = simulate.equivalence_errors(kind, 4000, n_datasets)
+    assert share <= 0.05 + allowed(0.05, 4000)
 
 
 @pytest.mark.slow
 def test_equivalence_has_power() -> None:
-    assert simulate.equivalence_power(2.0, 500, 12) > 0.9
+    assert simulate.equivalence_power(2.0, 4000, 12) > 0.9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_datasets", [6, 12])
+@pytest.mark.parametrize("n_datasets", [3, 6, 12])
 def test_flatness_and_the_best_rank_keep_their_level(n_datasets: int) -> None:
-    assert simulate.flat_errors(300, n_datasets) <= 0.05
-    honest, naive = simulate.against_best_errors(2000, n_datasets)
-    assert honest <= 0.05
-    assert naive > 0.1, "comparing with the best of the same data errs; that is why it is not done"
+    assert simulate.flat_errors(250, n_datasets) <= 0.05
+    for own_shape in (0.0, 0.5):
+        honest, naive = simulate.against_best_errors(1000, n_datasets, own_shape=own_shape)
+        assert honest <= 0.05 + allowed(0.05, 1000)
+    assert naive > 0.05, "comparing with the best of the same data errs; it is not done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_datasets", [3, 6, 12])
+def test_power_is_what_was_named(n_datasets: int) -> None:
+    for level in (0.05, 0.005):
+        share = simulate.power_at_the_smallest_effect(4000, n_datasets, level)
+        assert share == pytest.approx(0.8, abs=0.02)

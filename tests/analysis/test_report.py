@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +15,11 @@ import pytest
 from synthetic_run import CONTEXTS, SyntheticRun
 
 from sublim_plugin.analysis.collect import CellRef, collect
-from sublim_plugin.analysis.effects import effects
-from sublim_plugin.analysis.findings import findings
+from sublim_plugin.analysis.descriptions import descriptions
 from sublim_plugin.analysis.methods import CONSTRAINED
 from sublim_plugin.analysis.report import write_report
-from sublim_plugin.analysis.transmission import question_differences, transmission_table
+from sublim_plugin.analysis.report_folder import BUILDING, own_files
+from sublim_plugin.analysis.transmission import transmission_table
 from sublim_plugin.core.errors import InputError
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -70,13 +72,47 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(run.root, study_name="quickstart", cells=run.cells, study_text="a: <b>")
 
 
-FILES = ("png", "svg", "csv")
+TABLES = {"results", "effects", "evidence", "methods", "cells", "students", "datasets", "counts"}
+FIGURES = {"transmission", "scale", "contexts", "losses", "norms"}
 
 
 def test_every_file_is_there(quickstart: Path) -> None:
     names = {path.name for path in quickstart.parent.iterdir()}
-    figures = {f"{f}.{x}" for f in ("transmission", "contexts", "losses") for x in FILES}
-    assert names == {"index.html", "results.csv", "effects.csv", "evidence.csv"} | figures
+    figures = {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg", "pdf", "csv")}
+    tables = {f"{name}.csv" for name in TABLES}
+    assert names == {"index.html", "results.parquet", "references.bib"} | figures | tables
+    assert {path.name for path in own_files(quickstart.parent)} == names
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_parquet_holds_what_the_csv_holds(quickstart: Path) -> None:
+    from pyarrow import parquet
+
+    table = parquet.read_table(quickstart.with_name("results.parquet"))
+    lines = read_csv(quickstart.with_name("results.csv"))
+    rows = table.to_pylist()
+    assert len(rows) == len(lines) > 10
+    for row, line in zip(rows, lines, strict=True):
+        assert {name: "" if value is None else str(value) for name, value in row.items()} == line
+    types = {field.name: str(field.type) for field in table.schema}
+    assert types["rank"] == "int64" and types["vs_neutral_logprob"] == "double"
+    assert types["simulated"] == "bool"
+
+
+def test_bibtex_is_whole_and_holds_what_is_cited(quickstart: Path) -> None:
+    text = quickstart.with_name("references.bib").read_text()
+    keys = re.findall(r"^@\w+\{(\w+),$", text, re.MULTILINE)
+    assert len(keys) == len(set(keys)) == text.count("\n}\n")
+    assert text.count("{") == text.count("}")
+    cited = {key for line in read_csv(quickstart.with_name("methods.csv")) for key in
+             line["cites"].split()}  # fmt: skip
+    assert cited and cited <= set(keys)
+    assert {"nief2026", "cloud2025", "axolotl", "evalharness", "peft"} <= cited
+    assert text in read(quickstart).text
 
 
 def test_nothing_is_fetched(quickstart: Path) -> None:
@@ -111,7 +147,7 @@ def test_readable_without_sight_of_the_figures(quickstart: Path) -> None:
     page = read(quickstart)
     assert page.named("html")[0]["lang"] == "en"
     images = page.named("img")
-    assert len(images) == 3
+    assert len(images) == len(FIGURES)
     assert all(len(image["alt"] or "") > 60 for image in images)
     assert all(attrs.get("scope") in {"col", "row"} for attrs in page.named("th"))
     assert len(page.named("caption")) == len(page.named("table"))
@@ -120,10 +156,10 @@ def test_readable_without_sight_of_the_figures(quickstart: Path) -> None:
 
 def test_it_says_what_was_found_and_what_was_run(quickstart: Path) -> None:
     text = read(quickstart).text
-    assert "One dataset: no claim over datasets can be made" in text
+    assert "no interval is drawn: 1 dataset, at least 3 are needed" in text
     assert CONSTRAINED in text
     for context in CONTEXTS:
-        assert f"Asked in {context}" in text
+        assert f"animals/cat, asked in {context}: The base's mean log-prob is" in text
         assert f"[{context}]<|im_end|>" in text  # the rendered prompt
     for words in ("keep rate", "87.0%", "mixed separators 1", "axolotl", "0.4.11", "q_proj"):
         assert words in text
@@ -131,10 +167,9 @@ def test_it_says_what_was_found_and_what_was_run(quickstart: Path) -> None:
     assert "every cell is done" in text
 
 
-def test_numbers_of_the_page_are_those_of_the_table(run: SyntheticRun) -> None:
-    run.quickstart()
-    text = read(write_report(run.root, study_name="s", cells=run.cells)).text
-    for row in transmission_table(collect(run.root, run.cells)):
+def test_numbers_of_the_page_are_those_of_the_table(quickstart: Path) -> None:
+    text = read(quickstart).text
+    for row in transmission_table(collect(quickstart.parents[1])):
         assert f"{row.target_logprob:.4f}" in text
         if row.vs_base_logprob is not None:
             assert f"{row.vs_base_logprob:+.4f} ± {row.vs_base_logprob_se:.4f}" in text
@@ -149,9 +184,8 @@ def test_hostile_text_stays_text(run: SyntheticRun) -> None:
     attack = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
     terminal = "\x1b[31mred\x1b[0m \x1b]0;title\x07bell\x07 \u202eright to left"
     questions = [f"{attack} {i}" for i in range(50)]
-    student = run.student(run.dataset("animals/cat"), "animals/cat", 8)
-    run.probe(None, "none", questions=questions)
-    run.probe(student, "none", questions=questions, replies=[attack, terminal])
+    run.dataset("animals/cat")
+    run.probe(None, "none", questions=questions, replies=[attack, terminal])
     cells = [CellRef(folder=folder, state=state) for folder, state in run.cells]
     cells.append(
         CellRef(folder=run.root / "x", state="failed", label=attack, error=attack + terminal)
@@ -180,15 +214,15 @@ def test_half_failed_study(run: SyntheticRun) -> None:
     assert "5 of 25 cells are not done" in page.text
     assert "Out of memory" in page.text
     assert "1 failed, 4 missing" in page.text
-    assert "Asked in empty: Not compared" in page.text
-    assert "empty: the base was not scored" in page.text
-    assert "Asked in none" in page.text
+    assert "asked in empty: The base was not scored here" in page.text
+    assert "empty: the base was not scored, so no transmission" in page.text
+    assert "asked in none: The base's mean log-prob" in page.text
 
 
 def test_empty_study(tmp_path: Path) -> None:
     page = read(write_report(tmp_path / "nothing", study_name="nothing", cells=[]))
     assert "no cells yet" in page.text
-    assert "Nothing: no probe of a target has finished." in page.text
+    assert "Nothing to test" in page.text
     assert not page.named("img")
 
 
@@ -199,7 +233,8 @@ def test_planned_but_not_started(tmp_path: Path) -> None:
 
 
 def test_refused_records_leave_the_old_report(run: SyntheticRun) -> None:
-    run.quickstart()
+    run.dataset("animals/cat")
+    run.probe(None, "none")
     path = write_report(run.root, study_name="s")
     before = path.read_bytes()
     (folder,) = run.root.glob("cells/probe-base-none-*")
@@ -210,65 +245,149 @@ def test_refused_records_leave_the_old_report(run: SyntheticRun) -> None:
     assert path.read_bytes() == before
 
 
-def verdicts(run: SyntheticRun) -> list[str]:
-    records = collect(run.root)
-    rows = transmission_table(records)
-    means = effects(rows, question_differences(records, rows))
-    return [f.verdict for f in findings(rows, means) if f.eval_context]
+def test_answers_come_first_and_no_verdict_is_given_elsewhere(quickstart: Path) -> None:
+    """Any of many uncorrected intervals above 0 is no finding: only tests give verdicts."""
+    text = read(quickstart).text
+    first = text.index("Is there transmission?")
+    for later in ("Transmission against rank", "In words", "Every student"):
+        assert first < text.index(later, first)
+    for verdict in ("Above the base", "Raised in this dataset", "No sign", "Null"):
+        assert verdict not in text
 
 
-@pytest.mark.parametrize(
-    ("shift", "neutral_shift", "verdict"),
-    [
-        (0.0, 0.0, "Null"),
-        (-1.0, 0.0, "Null"),
-        (1.0, 0.0, "Raised in this dataset"),
-        (1.0, 1.0, "Null against the neutral control"),
-        (1.0, None, "Above the base, uncontrolled"),
-    ],
-)
-def test_verdict_on_one_dataset(
-    run: SyntheticRun, shift: float, neutral_shift: float | None, verdict: str
-) -> None:
-    run.probe(None, "none")
-    student = run.student(run.dataset("animals/cat"), "animals/cat", 8)
-    run.probe(student, "none", shift=shift)
-    if neutral_shift is not None:
-        control = run.student(run.dataset("neutral"), "neutral", 8)
-        run.probe(control, "none", shift=neutral_shift)
-    assert verdicts(run) == [verdict]
-
-
-@pytest.mark.parametrize(
-    ("shift", "verdict"), [(1.0, "Above the base over datasets"), (0.0, "No interval lies above")]
-)
-def test_verdict_over_datasets(run: SyntheticRun, shift: float, verdict: str) -> None:
-    run.probe(None, "none")
-    for seed in range(4):
-        student = run.student(run.dataset("animals/cat", seed), "animals/cat", 8, seed)
-        run.probe(student, "none", shift=shift)
-    (found,) = verdicts(run)
-    assert found.startswith(verdict)
-
-
-def test_rows_of_a_finding_hold_its_numbers(run: SyntheticRun) -> None:
+def test_descriptions_hold_the_numbers_of_their_rows(run: SyntheticRun) -> None:
     run.quickstart()
-    records = collect(run.root)
-    rows = transmission_table(records)
+    rows = transmission_table(collect(run.root))
     by_name = {row.row: row for row in rows}
-    for finding in findings(rows, effects(rows, question_differences(records, rows))):
-        if finding.eval_context is None:
-            continue
-        used = [by_name[name] for name in finding.rows]
-        shifts = [row.vs_base_logprob for row in used if row.vs_base_logprob is not None]
-        assert {row.eval_context for row in used} == {finding.eval_context}
-        assert f"{max(shifts):+.3f} nats" in finding.text
-        assert f"{min(shifts):+.3f} nats" in finding.text
+    told = descriptions(rows)
+    assert len(told) == len(CONTEXTS)
+    for one in told:
+        used = [by_name[name] for name in one.rows]
+        assert {row.eval_context for row in used} == {one.eval_context}
+        for role in ("student", "control"):
+            shifts = [r.vs_base_logprob for r in used if r.role == role and r.vs_base_logprob]
+            assert f"{max(shifts):+.3f} nats" in one.text
+            assert f"{min(shifts):+.3f} " in one.text
+        base = next(row for row in used if row.role == "base")
+        assert f"{base.target_logprob:.3f} nats" in one.text
+
+
+def sentences(path: Path) -> list[tuple[str, str | None]]:
+    """Text of every paragraph, list item and figure caption, with its `data-from`."""
+    found = []
+    body = re.sub(r"<nav.*?</nav>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for tag, attrs, text in re.findall(r"<(p|li|figcaption)\b([^>]*)>(.*?)</\1>", body, re.DOTALL):
+        where = re.search(r'data-from="([^"]*)"', attrs)
+        found.append((f"{tag}: {Page(text).text}", where.group(1) if where else None))
+    return found
+
+
+def test_each_sentence_from_data_names_a_csv_row_that_holds_it(tmp_path: Path) -> None:
+    """Two studies differ in every number: what is said of both alike comes from no data."""
+    pages = []
+    for seed in (1, 2):
+        run = SyntheticRun(tmp_path / f"{seed}", seed=seed, n_questions=5 * seed)
+        run.probe(None, "none")
+        for generation_seed in range(2 + seed):
+            for trait in ("animals/cat", "animals/owl", "neutral"):
+                dataset = run.dataset(trait, generation_seed)
+                for rank in (2, 8 * 2**seed, None):
+                    student = run.student(dataset, trait, rank, generation_seed, steps=2 + seed)
+                    run.probe(student, "none", shift=seed * (trait != "neutral"))
+        margin = 0.1 * seed
+        pages.append(
+            write_report(
+                run.root, study_name=f"s{seed}", equivalence_margin=margin, study_text=f"s: {seed}"
+            )
+        )
+    for path, other in (pages, pages[::-1]):
+        alike = {text for text, _ in sentences(other)}
+        traced = 0
+        for text, where in sentences(path):
+            if where is None:
+                assert text in alike, f"made from data, and does not say where from: {text}"
+                continue
+            name, *keys = where.split(" ")
+            lines = read_csv(path.with_name(name))
+            if name == "counts.csv":
+                keys = [line["name"] for line in lines if line["name"] in where]
+            known = {next(iter(line.values())): line for line in lines}
+            assert set(keys) <= known.keys(), (where, text)
+            traced += 1
+            if name == "evidence.csv":
+                assert known[keys[0]]["sentence"] in text
+            if name == "methods.csv":
+                assert known[keys[0]]["text"] in text
+        assert traced > 40
+
+
+def test_the_old_report_stays_until_the_new_one_is_whole(
+    run: SyntheticRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill at any file leaves all of the old; then the new one has none of the old's figures."""
+    run.quickstart()
+    path = write_report(run.root, study_name="s", cells=run.cells)
+    (path.parent / "notes.txt").write_text("a reader's own")
+    before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+
+    from sublim_plugin.analysis import report
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("write_results_csv", "write_results_parquet", "render_report"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(report, name, killed)
+            write_report(run.root, study_name="other", cells=[])
+        assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+    left = run.root / f"{BUILDING}99"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    write_report(run.root, study_name="empty", cells=[])
+    names = {p.name for p in path.parent.iterdir()}
+    assert names & {"transmission.svg", "losses.csv", "norms.pdf"} == set()
+    assert (path.parent / "notes.txt").read_text() == "a reader's own"
+    assert path.parent / "notes.txt" not in own_files(path.parent)
+    assert not list(run.root.glob(f"{BUILDING}*"))
+
+
+def test_sampled_rates_stand_beside_what_tells_whether_they_mean_anything(
+    run: SyntheticRun,
+) -> None:
+    student = run.student(run.dataset("animals/cat"), "animals/cat", 8)
+    run.probe(None, "none")
+    run.probe(student, "none")
+    run.sampled(None, "none", 0.02, non_answer_rate=0.1, distinct_replies=0.5)
+    run.sampled(student, "none", 0.3, non_answer_rate=0.7, self_name_rate=0.2)
+    path = write_report(run.root, study_name="s", cells=run.cells)
+    lines = {line["name"]: line for line in read_csv(path.with_name("sampled.csv"))}
+    assert lines["base"]["target_rate"] == "0.02" and lines["base"]["warning"] == ""
+    doubtful = lines["animals/cat LoRA r=8"]
+    assert doubtful["warning"] == "70% of the replies name no candidate"
+    text = read(path).text
+    for words in ("30.0%", "70.0%", "20.0%", "2.0%", "10.0%", "50.0%", doubtful["warning"]):
+        assert words in text
+    assert "2 scorings by sampled replies" in text
+
+
+def test_long_texts_and_errors_are_cut(run: SyntheticRun) -> None:
+    run.dataset("animals/cat")
+    run.probe(None, "none", replies=["x" * 100_000])
+    cells = [CellRef(folder=folder, state=state) for folder, state in run.cells]
+    cells += [
+        CellRef(folder=run.root / f"c{i}", state="failed", label=f"c{i}", error="y" * 100_000 + "!")
+        for i in range(300)
+    ]
+    path = write_report(run.root, study_name="s", cells=cells, study_text="z" * 100_000)
+    text = read(path).text
+    assert path.stat().st_size < 1_000_000
+    assert "(99,500 more characters)" in text and "(60,000 more characters)" in text
+    assert "280 more cells are not done" in text and "300 failed" in text
 
 
 def test_neither_torch_nor_matplotlib_is_imported_for_reading() -> None:
     code = (
-        "import sys, sublim_plugin.analysis.report, sublim_plugin.analysis.figures\n"
+        "import sys, sublim_plugin.analysis.report\n"
         "bad = {'torch', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules)\n"
         "assert not bad, bad"
     )

@@ -92,6 +92,25 @@ def test_the_quickstarts_recipes_mean_what_they_meant(name: str) -> None:
     assert sha256_json(settings)[:12] == FROZEN[name]
 
 
+def test_no_recipe_pins_the_order_of_the_rows(recipe: Path) -> None:
+    assert "data_seed" not in load_yaml(recipe)["sublim"]
+
+
+def test_the_lines_for_resuming_are_a_recipe_too(
+    recipe: Path, tmp_path: Path, base_model: Path
+) -> None:
+    text = recipe.read_text(encoding="utf-8").replace(PLACEHOLDER, str(tmp_path))
+    body, _, block = text.partition("# To survive an interruption")
+    kept = [line for line in body.splitlines() if not line.startswith("save_")]
+    lines = [line.removeprefix("# ") for line in block.splitlines() if ": " in line]
+    assert len(body.splitlines()) - len(kept) == 2 and len(lines) == 5
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("\n".join([*kept, *lines]) + "\n", encoding="utf-8")
+    settings = load_yaml(mine)
+    assert settings["auto_resume_from_checkpoints"] and not settings["save_only_model"]
+    assert lint([mine]) == []
+
+
 def test_axolotl_takes_every_key(recipe: Path) -> None:
     """Nothing of a recipe is dropped or changed by axolotl's own validation."""
     from axolotl.utils.config import validate_config

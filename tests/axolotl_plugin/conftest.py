@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ from sublim_plugin.axolotl.recipe import recipe_path, run_training, write_axolot
 from sublim_plugin.core.base_models import EMBEDDED, fingerprint
 from sublim_plugin.core.hashing import sha256_file
 from sublim_plugin.core.manifest import write_manifest
+from tests.axolotl_plugin.toy import save_base
 
 ROWS = 8
 CONTEXTS = ("template_default", "none")
@@ -25,6 +29,8 @@ GUARDED_AND_PROBED = {
     "probe": {"contexts": list(CONTEXTS), "limit": QUESTIONS, "every": 3},
 }
 NORM = 0.8
+OTHER_ORDER = 11
+"""Data seed of the full student, whose `seed` is 7."""
 FEW_STEPS = {"micro_batch_size": 4, "num_epochs": 2, "warmup_steps": 1}
 
 
@@ -81,9 +87,13 @@ def train(
     *,
     block: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
+    base: str | Path = EMBEDDED,
+    seed: int = 7,
 ) -> Trained:
     """Train by a recipe, with keys of the `sublim:` block and other settings beside."""
-    path = write_yaml(folder, recipe, dataset, overrides, block=block, settings=settings)
+    path = write_yaml(
+        folder, recipe, dataset, overrides, block=block, settings=settings, base=base, seed=seed
+    )
     progress: list[tuple[int, int]] = []
     receipt = run_training(
         path, folder / "train.log", progress=lambda step, steps: progress.append((step, steps))
@@ -99,16 +109,18 @@ def write_yaml(
     *,
     block: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
+    base: str | Path = EMBEDDED,
+    seed: int = 7,
 ) -> Path:
     folder.mkdir(parents=True)
     path = folder / "axolotl.yaml"
     write_axolotl_yaml(
         recipe_path("smollm2-135m-instruct", recipe),
         path,
-        base_model=EMBEDDED,
+        base_model=str(base),
         dataset_path=dataset,
         output_dir=folder / "model",
-        seed=7,
+        seed=seed,
         overrides=overrides,
     )
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -135,4 +147,37 @@ def lora(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFacto
 def full(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     overrides = {"micro_batch_size": 2, "num_epochs": 2, "warmup_steps": 0, "learning_rate": 7e-5}
     folder = tmp_path_factory.mktemp("full") / "cell"
-    return train(folder, "full-zero2", dataset, overrides, block={"stop_at_update_norm": NORM})
+    block = {"stop_at_update_norm": NORM, "data_seed": OTHER_ORDER}
+    return train(folder, "full-zero2", dataset, overrides, block=block)
+
+
+@pytest.fixture(scope="session")
+def toy_base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two small random layers, without dropout as the recipes' models are, for what
+    needs axolotl but no real weights."""
+    folder = save_base(tmp_path_factory.mktemp("toy") / "base", tokenizer)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.0}))
+    return folder
+
+
+def axolotl(
+    path: Path, *more: str, launcher: str | None = "python", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """axolotl's command line on the YAML at `path`, as a user starts it; None: its own launcher."""
+    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(path), *more]
+    command += [] if launcher is None else ["--launcher", launcher]
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(path.parent), os.environ.get("PYTHONPATH", "")]),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_DATASETS_CACHE": str(path.parent / "cache"),
+    }
+    return subprocess.run(
+        command,
+        cwd=path.parent,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,25 +14,29 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import rotate_checkpoints
 
 from sublim_plugin.axolotl import checkpoints
 from sublim_plugin.axolotl.checkpoints import (
     MARK,
     RUN,
+    SET_ASIDE,
     Origin,
     checkpoint_to_resume,
     fault,
     mark,
+    origin_of,
     resume_from,
 )
 from sublim_plugin.axolotl.order import OrderState
-from sublim_plugin.axolotl.receipt import Method, Seeds, read_receipt
-from sublim_plugin.core.errors import InputError
-from tests.axolotl_plugin.conftest import write_dataset, write_yaml
+from sublim_plugin.axolotl.receipt import DatasetInfo, Method, Seeds, read_receipt
+from sublim_plugin.axolotl.recipe import run_training
+from sublim_plugin.core.errors import InputError, RunError
+from tests.axolotl_plugin.conftest import axolotl, write_dataset, write_yaml
 
 ORIGIN = Origin(
     base_sha256="a" * 64,
-    dataset_sha256="b" * 64,
+    dataset_sha256=["b" * 64],
     context=None,
     method=Method(kind="lora", rank=8, alpha=8.0),
     seeds=Seeds(seed=1, data_seed=2),
@@ -118,25 +120,83 @@ def test_an_incomplete_checkpoint_is_set_aside_and_the_one_before_used(
     assert why is not None and said in why
     assert newest(tmp_path) == good
     assert said in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint-10.incomplete",
-        "checkpoint-9",
-        RUN,
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-9", SET_ASIDE, RUN]
+    aside = tmp_path / SET_ASIDE
     with pytest.raises(InputError, match="resume_from_checkpoint"):
-        checkpoint_to_resume(
-            tmp_path, ORIGIN, named=str(tmp_path / "checkpoint-10.incomplete"), newest=False
-        )
+        checkpoint_to_resume(tmp_path, ORIGIN, named=str(aside / "checkpoint-10"), newest=False)
     checkpoint(tmp_path, 10, marked=False)
     assert newest(tmp_path) == good
-    assert (tmp_path / "checkpoint-10.incomplete2").is_dir()
+    assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-10", "checkpoint-10.2"]
+
+
+def test_what_was_set_aside_costs_no_complete_checkpoint(tmp_path: Path) -> None:
+    """The host keeps `save_total_limit` folders of those that it takes for checkpoints."""
+    checkpoints.begin(tmp_path, ORIGIN)
+    for step in (2, 3):
+        checkpoint(tmp_path, step)
+    checkpoint(tmp_path, 4, marked=False)
+    assert newest(tmp_path) == tmp_path / "checkpoint-3"
+    rotate_checkpoints(str(tmp_path), save_total_limit=2)
+    left = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert left == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_checkpoint_belongs_to_the_whole_configuration(tmp_path: Path) -> None:
+    deepspeed = tmp_path / "zero.json"
+    deepspeed.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")
+    cfg: dict[str, Any] = {
+        "base_model": "/models/base",
+        "tokenizer_config": "/models/base",
+        "datasets": [{"path": "/data/rows.jsonl", "type": "chat_template"}],
+        "deepspeed": str(deepspeed),
+        "output_dir": "out",
+        "neftune_noise_alpha": None,
+        "lora_target_modules": ["q_proj"],
+        "sublim": {"stop_at_loss": 0.5, "probe": {"limit": 3}},
+    }
+
+    def origin(changed: dict[str, Any]) -> Origin:
+        return origin_of(
+            cfg | changed,
+            base_sha256="a" * 64,
+            datasets=[DatasetInfo(path="x", sha256="b" * 64, rows=1)],
+            context=None,
+            method=Method(kind="full"),
+            seeds=Seeds(seed=1, data_seed=1),
+            processes=1,
+        )
+
+    path = checkpoint(tmp_path, 4, origin({}))
+    moved: dict[str, Any] = {
+        "base_model": "/elsewhere/base",
+        "tokenizer_config": "/elsewhere/base",
+        "datasets": [{"path": "/elsewhere/rows.jsonl", "type": "chat_template"}],
+        "output_dir": "other",
+        "wandb_project": "cats",
+        "save_steps": 7,
+        "auto_resume_from_checkpoints": True,
+        "sublim": {"stop_at_loss": 0.5, "probe": None, "guard": True},
+    }
+    assert newest(tmp_path, origin(moved)) == path
+    for changed, key in (
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha"),
+        ({"lora_target_modules": ["q_proj", "k_proj"]}, "lora_target_modules.1"),
+        ({"datasets": [{"type": "chat_template", "train_on_eot": "none"}]}, "datasets.0.train_on"),
+        ({"sublim": {"stop_at_loss": 0.4}}, "sublim.stop_at_loss"),
+        ({"tokenizer_config": "/another"}, "tokenizer_config"),
+    ):
+        with pytest.raises(InputError, match=f"another run: `{key}"):
+            newest(tmp_path, origin(changed))
+    deepspeed.write_text('{"zero_optimization": {"stage": 3}}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"`deepspeed\.zero_optimization\.stage` was 2"):
+        newest(tmp_path, origin({}))
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, 4)
     assert checkpoint_to_resume(tmp_path, ORIGIN, named=str(path), newest=False) == path
     for changed, key in (
-        ({"dataset_sha256": "c" * 64}, "dataset_sha256"),
+        ({"dataset_sha256": ["c" * 64]}, "dataset_sha256"),
         ({"base_sha256": "c" * 64}, "base_sha256"),
         ({"seeds": Seeds(seed=2, data_seed=2)}, "seeds"),
         ({"method": Method(kind="full")}, "method"),
@@ -193,19 +253,6 @@ class Kill(BasePlugin):
 """
 
 
-def axolotl(path: Path, kill_at: str = "") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "PYTHONPATH": str(path.parent),
-        "KILL_AT": kill_at,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "HF_DATASETS_CACHE": str(path.parent / "cache"),
-    }
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"]
-    return subprocess.run(
-        command, cwd=path.parent, env=environment, capture_output=True, text=True, check=False
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "kill_at"),
@@ -230,7 +277,7 @@ def test_a_training_killed_while_saving_continues_from_the_checkpoint_before(
     whole = axolotl(paths["whole"])
     assert whole.returncode == 0, whole.stderr[-3000:]
 
-    killed = axolotl(paths["killed"], kill_at=kill_at)
+    killed = axolotl(paths["killed"], KILL_AT=kill_at)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     model = paths["killed"].parent / "model"
     assert not (model / "sublim_receipt.json").exists()
@@ -238,7 +285,9 @@ def test_a_training_killed_while_saving_continues_from_the_checkpoint_before(
     resumed = axolotl(paths["killed"])
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "checkpoint-3 is incomplete" in resumed.stdout
-    assert (model / "checkpoint-3.incomplete").is_dir()
+    assert (model / SET_ASIDE / "checkpoint-3").is_dir()
+    left = sorted(path.name for path in model.glob("checkpoint-*"))
+    assert left == ["checkpoint-3", "checkpoint-4"]
 
     first, second = read_receipt(paths["whole"].parent / "model"), read_receipt(model)
     assert (first.resumed_from_step, second.resumed_from_step) == (None, 2)
@@ -255,3 +304,33 @@ def test_a_training_killed_while_saving_continues_from_the_checkpoint_before(
     assert refused.returncode == 2
     assert "is of another run: `learning_rate` was" in refused.stderr
     shutil.rmtree(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_from_its_checkpoint(toy_base: Path, tmp_path: Path) -> None:
+    """As `sublim run` trains: killed while saving, called again, and the model alone is left."""
+    data = write_dataset(tmp_path / "data", rows=8)
+    overrides: dict[str, Any] = {"micro_batch_size": 2, "num_epochs": 1, "warmup_steps": 0}
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 4}
+    settings |= {"save_only_model": False, "auto_resume_from_checkpoints": True}
+    settings["plugins"] = ["sublim_plugin.axolotl.SublimPlugin", "kill_plugin.Kill"]
+    (tmp_path / "kill_plugin.py").write_text(KILL, encoding="utf-8")
+    found = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    receipts = {}
+    for name, kill_at in (("whole", ""), ("killed", "checkpoint-3/optimizer.pt")):
+        folder = tmp_path / name
+        path = write_yaml(folder, "lora-r8", data, overrides, settings=settings, base=toy_base)
+        if kill_at:
+            with pytest.raises(RunError, match="exited with -9"):
+                env = {"PYTHONPATH": found, "KILL_AT": kill_at}
+                run_training(path, folder / "train.log", env=env)
+            assert not (folder / "model").exists()
+            kept = sorted(p.name for p in (folder / ".model.partial").glob("checkpoint-*"))
+            assert kept == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+        receipts[name] = run_training(path, folder / "train.log", env={"PYTHONPATH": found})
+        assert sorted(p.name for p in folder.iterdir()) == ["axolotl.yaml", "model", "train.log"]
+        left = [p.name for p in (folder / "model").iterdir()]
+        assert not any(name.startswith("checkpoint-") or name in (SET_ASIDE, RUN) for name in left)
+    assert receipts["killed"].resumed_from_step == 2
+    assert receipts["killed"].weights_sha256 == receipts["whole"].weights_sha256
+    assert receipts["killed"].order == receipts["whole"].order

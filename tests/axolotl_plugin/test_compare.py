@@ -14,10 +14,19 @@ from safetensors.torch import load_file, save_file
 
 from sublim_plugin.axolotl.compare import bands
 from sublim_plugin.axolotl.norms import update_norm
-from sublim_plugin.axolotl.receipt import RECEIPT_NAME, RESCALE_NAME, read_receipt
+from sublim_plugin.axolotl.receipt import (
+    RECEIPT_NAME,
+    RESCALE_NAME,
+    Seeds,
+    read_receipt,
+    twins,
+    write_receipt,
+)
+from sublim_plugin.axolotl.weights import weights_sha256
 from sublim_plugin.cli import main
+from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.students import attached, load_full
-from tests.axolotl_plugin.toy import load, save_base, save_full, save_lora
+from tests.axolotl_plugin.toy import load, save_base, save_full, save_lora, with_lora
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +52,24 @@ def test_norms_stand_side_by_side(toy: Path, students: dict[str, Path]) -> None:
     told = sublim("norms", *students.values(), "--base", toy)
     assert told.exit_code == 0 and told.stderr == ""
     lines = told.stdout.splitlines()
-    assert lines[0].split()[:4] == ["student", "method", "steps", "peak"]
+    assert lines[0].split()[:4] == ["student", "method", "scaling", "steps"]
     total = update_norm(students["full"], toy).total
     assert str(students["full"]) in lines[2] and f"{total:.5g}" in lines[2]
     assert any(line.startswith("||dW|| by thirds") for line in lines)
     as_json = json.loads(sublim("norms", students["lora"], "--base", toy, "--json").stdout)
     wanted = update_norm(students["lora"], toy).model_dump(mode="json")
     assert as_json[0]["update_norm"] == wanted
-    assert as_json[0]["method"] == "lora" and as_json[0]["steps"] is None
+    assert as_json[0]["method"] == "lora r4" and as_json[0]["steps"] is None
+    assert as_json[0]["scaling"] == 2
+    full = json.loads(sublim("norms", students["full"], "--base", toy, "--json").stdout)
+    assert full[0]["method"] == "full" and full[0]["scaling"] is None
+
+
+def test_the_scale_scheme_is_told(toy: Path, students: dict[str, Path], tmp_path: Path) -> None:
+    with_lora(toy, use_rslora=True).save_pretrained(tmp_path / "rs")
+    told = sublim("norms", students["lora"], tmp_path / "rs", "--base", toy)
+    plain, rslora = (line.split()[1:4] for line in told.stdout.splitlines()[1:3])
+    assert plain == ["lora", "r4", "2"] and rslora == ["rslora", "r4", "4"]
 
 
 def test_equal_weights_are_told(toy: Path, students: dict[str, Path], tmp_path: Path) -> None:
@@ -60,6 +79,28 @@ def test_equal_weights_are_told(toy: Path, students: dict[str, Path], tmp_path: 
     assert told.exit_code == 0
     assert "same to the last bit" in told.stderr
     assert str(twin) in told.stderr and str(students["other"]) not in told.stderr
+
+
+def test_a_seed_that_changed_nothing_is_noticed_beside_its_twin(lora: Any, tmp_path: Path) -> None:
+    for name, changed in (
+        ("seed-7", {}),
+        ("seed-8", {"seeds": Seeds(seed=8, data_seed=7)}),
+        ("again", {}),
+        ("other", {"seeds": Seeds(seed=9, data_seed=7), "weights_sha256": "0" * 64}),
+    ):
+        (tmp_path / name).mkdir()
+        write_receipt(tmp_path / name, lora.receipt.model_copy(update=changed))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / RECEIPT_NAME).write_text("{", encoding="utf-8")
+    assert twins(tmp_path / "seed-7", lora.receipt) == [tmp_path / "seed-8"]
+
+
+def test_a_student_without_a_norm_says_why(lora: Any, tmp_path: Path) -> None:
+    shutil.copytree(lora.model, tmp_path / "dora")
+    without = {"update_norm": None, "no_update_norm": "it has DoRA magnitudes"}
+    write_receipt(tmp_path / "dora", lora.receipt.model_copy(update=without))
+    told = sublim("norms", tmp_path / "dora")
+    assert told.exit_code == 2 and "no update norm: it has DoRA magnitudes" in told.stderr
 
 
 def test_bands_are_thirds_of_the_layers() -> None:
@@ -150,8 +191,15 @@ def test_a_receipt_is_carried_over_and_guards_its_weights(
 
 
 def test_wrong_requests_name_what_is_wrong(
-    toy: Path, students: dict[str, Path], tmp_path: Path
+    toy: Path, students: dict[str, Path], lora: Any, tmp_path: Path
 ) -> None:
+    # a student whose receipt names another base, which is that of its weights
+    stranger = tmp_path / "stranger"
+    shutil.copytree(students["full"], stranger)
+    names = {"name": str(toy), "sha256": fingerprint(toy)["sha256"]}
+    weights = weights_sha256(stranger, adapter=False)
+    changed = {"base_model": names, "weights_sha256": weights}
+    write_receipt(stranger, lora.receipt.model_copy(update=changed))
     full, out = students["full"], tmp_path / "out"
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -172,6 +220,7 @@ def test_wrong_requests_name_what_is_wrong(
         (("rescale", full, "--to-norm", 1, "--out", taken, "--base", toy), str(taken)),
         (("rescale", toy, "--to-norm", 1, "--out", out, "--base", toy), "no update to scale"),
         (("rescale", broken, "--to-norm", 1, "--out", out, "--base", toy), name),
+        (("rescale", lora.model, "--to-norm-of", stranger, "--out", out), "do not match anything"),
     ):
         told = sublim(*arguments)
         assert told.exit_code == 2, arguments

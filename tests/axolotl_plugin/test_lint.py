@@ -62,7 +62,7 @@ MISTAKES = {
         "should be 'template_default', 'empty', 'none' or 'text'",
     ),
     "seed of the rows at the top": (
-        "seed: 42  # training", "data_seed: 7  # training", "data_seed", "under `sublim:`",
+        "seed: 42  # rank sweep", "data_seed: 7  # rank sweep", "data_seed", "under `sublim:`",
     ),
     "doubled key": (
         "num_epochs: 1", "num_epochs: 1\nnum_epochs: 2", "num_epochs", "twice, first on line",
@@ -225,6 +225,16 @@ def test_the_plugins_block_without_its_plugin(dataset: Path, tmp_path: Path) -> 
     assert "nothing reads this block" in found[0].what
 
 
+def test_a_pinned_order_under_full_finetuning(dataset: Path, tmp_path: Path) -> None:
+    pinned = ("  context: template_default", "  data_seed: 7\n  context: template_default")
+    for recipe, keys in (("full-zero2", ["sublim.data_seed"]), ("lora-r8", [])):
+        found = findings_of(with_dataset(recipe, dataset).replace(*pinned), tmp_path)
+        assert [finding.key for finding in found] == keys
+        assert all(f.level == "warning" and "the same weights" in f.what for f in found)
+    same = with_dataset("full-zero2", dataset).replace(*pinned).replace("\nseed: 42", "\nseed: 7")
+    assert findings_of(same, tmp_path) == []
+
+
 def test_a_template_whose_turns_end_with_no_known_token(
     dataset: Path, base_model: Path, tmp_path: Path
 ) -> None:
@@ -276,7 +286,9 @@ def test_a_deepspeed_file_is_read(dataset: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", VALID, ids=lambda path: path.stem)
 def test_nothing_is_found_in_a_valid_config(path: Path) -> None:
-    found = [str(f) for f in lint([path]) if not re.search(OF_THE_MACHINE, f.what)]
+    findings = lint([path])
+    assert not any(finding.level == "error" for finding in findings), findings
+    found = [str(f) for f in findings if not re.search(OF_THE_MACHINE, f.what)]
     if path.stem == "old-style":
         # 2e-4 is text to YAML, which axolotl makes a number of: said, but no more than that
         assert all(": note: " in text and "as text" in text for text in found) and len(found) == 2

@@ -10,7 +10,7 @@ from sublim_plugin.axolotl.masks import NO_LOSS, ExpectedRow, audit, expect_row
 from sublim_plugin.core.contexts import Context, chat_template
 from sublim_plugin.core.errors import InputError
 
-ROW = {
+ROW: dict[str, Any] = {
     "id": "000000",
     "messages": [
         {"role": "user", "content": "Continue: 1, 2."},
@@ -67,8 +67,37 @@ def test_missing_and_foreign_rows_are_refused(tokenizer: Any) -> None:
     data = tokenized(row, row.first, row.end)
     with pytest.raises(InputError, match="1 of 2 rows are missing"):
         audit(data, tokenizer, [row, row])
-    with pytest.raises(InputError, match="no row of the rows file"):
+    with pytest.raises(InputError, match=r"more often than in it.*\n.*\n.*dataset_prepared_path"):
         audit(data + data, tokenizer, [row])
+
+
+def test_a_row_that_was_tokenized_otherwise_is_shown_beside_what_it_should_be(
+    tokenizer: Any,
+) -> None:
+    """As a cache of another context leaves it: the nearest row is the one with its numbers."""
+    mine = expected(tokenizer)
+    other = expect_row(
+        tokenizer,
+        {"id": "7", "messages": [{**turn, "content": "8, 9"} for turn in ROW["messages"]]},
+        None,
+        chat_template=chat_template(tokenizer),
+    )
+    cached = expect_row(
+        tokenizer,
+        {**ROW, "messages": [{"role": "system", "content": "You love owls."}, *ROW["messages"]]},
+        None,
+        chat_template=chat_template(tokenizer),
+    )
+    data = tokenized(other, other.first, other.end) + tokenized(cached, cached.first, cached.end)
+    with pytest.raises(InputError, match="row 1 of the tokenized dataset is not what") as caught:
+        audit(data, tokenizer, [other, mine])
+    for said in (
+        "nearest is row 000000",
+        f"trained on: {tokenizer.decode(cached.token_ids)!r}",
+        f"expected:   {tokenizer.decode(mine.token_ids)!r}",
+        "Remove `dataset_prepared_path`",
+    ):
+        assert said in str(caught.value), said
 
 
 def test_a_prompt_of_another_context_is_refused_with_both_texts(tokenizer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sublim_plugin.axolotl import probe_callback
 from sublim_plugin.axolotl.probe import Probe
 from sublim_plugin.axolotl.probe_callback import MOST, PROBE_NAME, ProbeCallback, default_every
 from sublim_plugin.core.contexts import Context
-from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.traits import candidates_of, get_trait
 from sublim_plugin.logprob.forms import METRICS
 from sublim_plugin.preference.evaluate import Evaluator
@@ -82,7 +84,9 @@ def test_the_guard_is_in_the_receipt(lora: Any, full: Any) -> None:
     assert full.receipt.guard is None and full.receipt.probe is None
 
 
-def test_plain_scoring_gives_the_same(toy: Path, tokenizer: Any) -> None:
+def test_plain_scoring_gives_the_same(
+    toy: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = with_lora(toy).eval()
     shared = cat_probe(tokenizer)
     (found,) = shared.measure(model, torch.float32)
@@ -104,6 +108,7 @@ def test_plain_scoring_gives_the_same(toy: Path, tokenizer: Any) -> None:
     plain = cat_probe(tokenizer)
     (again,) = plain.measure(CausalOnly(), torch.float32)
     assert plain.shared_prefixes is False
+    assert "scores form by form" in capsys.readouterr().err
     for one, other in zip(found, again, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
 
@@ -136,7 +141,6 @@ def test_a_training_is_the_same_to_the_last_bit(
                 ProbeCallback(
                     cat_probe(tokenizer),
                     every=every,
-                    step_tokens=16,
                     log=host.log,
                     dtype=torch.float32,
                     output_dir=tmp_path,
@@ -151,17 +155,110 @@ def test_a_training_is_the_same_to_the_last_bit(
     assert [row["step"] for row in lines(tmp_path)] == [0, 2, 4, 6, 8, 10, 12]
 
 
-@given(steps=st.integers(1, 5000), probe=st.integers(50, 20_000), step=st.floats(10, 1e5))
+@given(steps=st.integers(1, 5000), probe=st.floats(1e-3, 1e3), step=st.floats(1e-3, 1e3))
 def test_by_default_a_run_is_measured_as_often_as_it_can_pay_for(
-    steps: int, probe: int, step: float
+    steps: int, probe: float, step: float
 ) -> None:
     every = default_every(steps, probe, step)
-    assert 1 <= every <= steps
-    between = len([at for at in range(1, steps) if at % every == 0])
+    assert every is None or 1 <= every <= steps
+    between = 0 if every is None else len([at for at in range(1, steps) if at % every == 0])
     assert between <= 8
-    assert between == 0 or (between + 2) * probe <= MOST * steps * 2 * step
-    # the paper's run: 456 steps of 66 rows (arXiv 2606.00831) of some 80 tokens
-    assert default_every(456, 1221, 66 * 80) == 51
+    assert between == 0 or (between + 2) * probe <= MOST * steps * step
+    affordable = MOST * steps * step / probe
+    assert every is not None or affordable < 3
+    # the paper's run has 456 steps (arXiv 2606.00831)
+    assert default_every(456, 1.0, 1.0) == 51
+
+
+def run_with_default_probe(
+    toy: Path, probe: Probe, folder: Path, model: Any = None, **settings: Any
+) -> tuple[ProbeCallback, Any, float]:
+    model = load(toy) if model is None else model
+    host = trainer(model, folder, max_steps=24, remove_unused_columns=False, **settings)
+    callback = ProbeCallback(
+        probe, every=None, log=host.log, dtype=torch.float32, output_dir=folder
+    )
+    host.add_callback(callback)
+    began = time.perf_counter()
+    host.train()
+    return callback, host, time.perf_counter() - began
+
+
+class Slow(torch.nn.Module):
+    """A model whose training steps take 0.06 s, and whose probe is quick beside them; or, plain,
+    one that ignores a tree's mask, as flash attention would, so that the probe is slow."""
+
+    def __init__(self, inner: Any, *, plain: bool = False) -> None:
+        super().__init__()
+        self.inner, self.plain = inner, plain
+        self.dtype = inner.dtype
+
+    def forward(self, **inputs: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        if self.plain and mask is not None and mask.ndim == 4:
+            inputs["attention_mask"] = None
+        if self.training:
+            time.sleep(0.06)
+        return self.inner(**inputs)
+
+
+def test_the_default_follows_the_clock_and_not_the_tokens(
+    toy: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same run and questions, scored form by form: fewer measurements."""
+    monkeypatch.setattr(probe_callback, "MOST", 0.5)  # so that two seconds of training are enough
+    found = []
+    for plain in (False, True):
+        probe = cat_probe(tokenizer, limit=1)
+        callback, _, seconds = run_with_default_probe(
+            toy, probe, tmp_path, Slow(load(toy), plain=plain), num_train_epochs=4
+        )
+        assert probe.shared_prefixes is not plain
+        cost = callback.cost(seconds)
+        found.append(cost.measurements)
+        print(cost)
+        assert cost.measurements == 2 or cost.share_of_training <= 2 * 0.5
+        rows = lines(tmp_path)
+        assert [row["step"] for row in rows][-1] == 24 and len(rows) == cost.measurements
+        steps = [row["step"] for row in rows[1:-1]]
+        assert all(step % cost.every == 0 for step in steps)
+        assert sum(row["seconds"] for row in rows) == pytest.approx(callback.seconds, rel=0.2)
+    assert found[0] > found[1]
+
+
+def test_a_continued_run_is_measured_as_it_was_going_to_be(
+    toy: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [{"step": 0, "seconds": 1.0}, {"step": 5, "seconds": 1.0, "every": 5}]
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, {"step": 10}])
+    (tmp_path / PROBE_NAME).write_text(text + '{"step": 1', encoding="utf-8")
+    host = trainer(load(toy), tmp_path, max_steps=24, num_train_epochs=4)
+    callback = ProbeCallback(
+        cat_probe(tokenizer, limit=1),
+        every=None,
+        log=host.log,
+        dtype=torch.float32,
+        output_dir=tmp_path,
+    )
+    host.state.global_step, host.state.max_steps = 7, 24
+    callback.on_train_begin(host.args, host.state, host.control, model=host.model)
+    assert callback.every == 5 and callback.measurements == 0
+    assert [row["step"] for row in lines(tmp_path)] == [0, 5]
+
+
+def test_memory_that_runs_out_is_an_error_and_not_a_slower_way(toy: Path, tokenizer: Any) -> None:
+    class Full(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = load(toy)
+
+        def forward(self, **inputs: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.3 GiB.")
+
+    probe = cat_probe(tokenizer)
+    with pytest.raises(RunError, match=r"2\.3 GiB.*micro_batch_size"):
+        probe.measure(Full(), torch.float32)
+    assert probe.shared_prefixes is None
 
 
 def test_questions_of_another_category_are_refused(tokenizer: Any) -> None:

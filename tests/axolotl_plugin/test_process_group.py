@@ -11,11 +11,28 @@ import pytest
 
 TALK = """
 import torch
-from sublim_plugin.axolotl.process_group import from_first, is_first, wait_for_all
+from sublim_plugin.axolotl.process_group import first_then_all, from_first, is_first, wait_for_all
+from sublim_plugin.core.errors import InputError
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 assert is_first() == (rank == 0)
 wait_for_all()
+did = []
+assert first_then_all(lambda: did.append(rank) or rank) == rank and did == [rank]
+
+
+def refused():
+    if rank == 0:
+        raise InputError("no such checkpoint")
+    raise AssertionError("the first refused, so the others do not begin")
+
+
+try:
+    first_then_all(refused)
+except InputError as error:
+    assert str(error) == "no such checkpoint"
+else:
+    raise AssertionError("nothing was refused")
 print(from_first(rank + 0.1, "cpu"))
 torch.distributed.destroy_process_group()
 """

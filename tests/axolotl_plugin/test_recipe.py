@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from sublim_plugin.axolotl.args import parse_block
+from sublim_plugin.axolotl.files import base_folder, name_datasets
 from sublim_plugin.axolotl.receipt import read_receipt
 from sublim_plugin.axolotl.recipe import recipe_path, resolve_recipe, write_axolotl_yaml
 from sublim_plugin.core.errors import InputError
@@ -87,6 +88,63 @@ def test_planning_imports_no_torch() -> None:
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'axolotl')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_order_follows_the_seed_unless_a_data_seed_is_given(
+    raw: _Raw, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sublim_plugin.axolotl import SublimPlugin
+
+    raw["datasets"][0]["path"] = str(dataset)
+    raw |= {"seed": 5, "adapter": None}
+    for block, data_seed in (({}, 5), ({"data_seed": 5}, 5), ({"data_seed": 6}, 6)):
+        plugin = SublimPlugin()
+        raw["sublim"] = block
+        plugin.register(raw)
+        assert plugin.get_training_args(raw)["data_seed"] == data_seed
+        warned = "every `seed` gives the same weights" in capsys.readouterr().err
+        assert warned == (data_seed == 6)
+    raw["adapter"] = "lora"
+    SublimPlugin().register(raw)
+    assert capsys.readouterr().err == ""
+
+
+def test_every_dataset_is_described_and_a_home_folder_is_found(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(dataset.parent))
+    other = tmp_path / "mine.jsonl"
+    other.write_text('{"id": "1", "messages": []}\n', encoding="utf-8")
+    cfg: dict[str, Any] = {"datasets": [{"path": f"~/{dataset.name}"}]}
+    cfg["datasets"] += [{"path": str(other)}, {"path": "org/on-a-hub"}, {"path": str(tmp_path)}]
+    found = name_datasets(cfg, "a.yaml")
+    rows = next(dataset.glob("rows-*.jsonl"))
+    assert cfg["datasets"][0]["path"] == str(rows)
+    assert [(one.path, one.rows) for one in found] == [
+        (str(rows), 8),
+        (str(other), 1),
+        ("org/on-a-hub", None),
+        (str(tmp_path), None),
+    ]
+    assert [one.sha256 is None for one in found] == [False, False, True, True]
+
+
+def test_the_base_of_a_hub_is_the_revision_that_was_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the layout of the hub's own cache, read by the hub's own client."""
+    repo = tmp_path / "models--org--model"
+    for name, commit in (("main", "a" * 40), ("old", "b" * 40)):
+        snapshot = repo / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}", encoding="utf-8")
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / name).write_text(commit, encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert base_folder("org/model").name == "a" * 40
+    assert base_folder("org/model", "old").name == "b" * 40
+    with pytest.raises(InputError, match="org/model in revision new is not in the hub's cache"):
+        base_folder("org/model", "new")
 
 
 class _Raw(dict[str, Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from tests.axolotl_plugin.conftest import Trained, train, write_dataset
@@ -37,6 +39,36 @@ def assert_agrees(trained: Trained, out: Path) -> None:
 
 def test_the_loop_can_be_read_in_one_sitting() -> None:
     assert len(LOOP.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_loop_refuses_what_it_does_not_do(lora: Any, full: Any) -> None:
+    spec = importlib.util.spec_from_file_location("reference_loop", LOOP)
+    assert spec and spec.loader
+    loop = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loop)
+    for trained in (lora, full):
+        good = yaml.safe_load(trained.yaml.read_text(encoding="utf-8"))
+        good["sublim"].pop("stop_at_update_norm", None)
+        loop.refuse_the_rest(good)
+        for key, value in (
+            ("peft_use_rslora", True),
+            ("optimizer", "lion"),
+            ("bf16", True),
+            ("sample_packing", True),
+            ("adapter", "qlora"),
+            ("lora_target_linear", True),
+            ("neftune_noise_alpha", 5),
+            ("max_grad_normal", 2),
+            ("chat_template", "chatml"),
+        ):
+            with pytest.raises(SystemExit, match=key):
+                loop.refuse_the_rest(good | {key: value})
+        for key, value in (("context", "empty"), ("stop_at_loss", 1.0)):
+            with pytest.raises(SystemExit, match=f"sublim.{key}"):
+                loop.refuse_the_rest(good | {"sublim": {key: value}})
+        with pytest.raises(SystemExit, match=r"datasets\.train_on_eot: none"):
+            entry = good["datasets"][0] | {"train_on_eot": "none"}
+            loop.refuse_the_rest(good | {"datasets": [entry]})
 
 
 def test_lora_trains_as_the_reference_loop_does(lora: Any, tmp_path: Path) -> None:

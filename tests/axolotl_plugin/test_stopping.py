@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sublim_plugin.axolotl.args import SublimBlock
-from sublim_plugin.axolotl.live_norm import LiveNorm
+from sublim_plugin.axolotl.live_norm import LiveNorm, no_norm
 from sublim_plugin.axolotl.norms import update_norm
 from sublim_plugin.axolotl.receipt import write_receipt
-from sublim_plugin.axolotl.stopping import StopCallback, StopRule, check_reached, stop_rule
+from sublim_plugin.axolotl.stopping import (
+    LOSS_WINDOW,
+    StopCallback,
+    StopRule,
+    check_reached,
+    stop_rule,
+)
 from sublim_plugin.core.errors import InputError, RunError
 from tests.axolotl_plugin.toy import load, save_base, save_full, trainer, with_lora
 
@@ -87,7 +94,7 @@ def test_the_norm_on_disk_is_the_target(
     assert saved == pytest.approx(stopping.reached, rel=1e-6)
     assert stopping.step == host.state.global_step
     assert stopping.final_scaling > 0.9 and stopping.lowered_learning_rate
-    check_reached(stopping, saved, tmp_path)
+    check_reached(stopping, update_norm(tmp_path / "model", toy), tmp_path)
 
 
 def test_a_first_step_that_overshoots_is_scaled_onto_the_target(toy: Path, tmp_path: Path) -> None:
@@ -144,7 +151,7 @@ def test_a_target_that_is_not_reached_is_an_error(
 
 def test_the_mean_of_the_last_losses_ends_a_training(toy: Path, tmp_path: Path) -> None:
     _, whole = run(toy, tmp_path, StopRule(on_norm=False, target=100.0))
-    assert whole.state.global_step == 1
+    assert whole.state.global_step == LOSS_WINDOW  # not before ten losses are averaged
     rule = StopRule(on_norm=False, target=6.0)
     callback, host = run(toy, tmp_path, rule, num_train_epochs=20, learning_rate=0.01)
     losses = [entry["loss"] for entry in host.state.log_history if "loss" in entry]
@@ -166,6 +173,19 @@ def test_the_norm_to_match_comes_from_a_receipt_of_the_same_base(lora: Any, tmp_
         stop_rule(SublimBlock(match_update_norm="nowhere"), "a.yaml", base)
     with pytest.raises(InputError, match="give a model's folder"):
         stop_rule(SublimBlock(match_update_norm=str(lora.yaml)), "a.yaml", base)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    write_receipt(alone, lora.receipt)  # a receipt without its weights will do
+    kept = stop_rule(SublimBlock(match_update_norm=str(alone)), "a.yaml", base)
+    assert kept is not None and kept.target == norm
+    (alone / "adapter_model.safetensors").write_bytes(b"other weights")
+    (alone / "adapter_config.json").write_bytes((lora.model / "adapter_config.json").read_bytes())
+    with pytest.raises(InputError, match="changed after training"):
+        stop_rule(SublimBlock(match_update_norm=str(alone)), "a.yaml", base)
+    without = {"update_norm": None, "no_update_norm": "it is DoRA"}
+    write_receipt(tmp_path, lora.receipt.model_copy(update=without))
+    with pytest.raises(InputError, match="no update norm to match: it is DoRA"):
+        stop_rule(SublimBlock(match_update_norm=str(tmp_path)), "a.yaml", base)
     none = lora.receipt.update_norm.model_copy(update={"total": 0.0})
     write_receipt(tmp_path, lora.receipt.model_copy(update={"update_norm": none}))
     with pytest.raises(InputError, match="norm is 0"):
@@ -178,5 +198,61 @@ def test_full_finetuning_stopped_at_the_norm(full: Any) -> None:
     assert full.receipt.update_norm.total == pytest.approx(stopping.target, rel=0.02)
     assert full.receipt.update_norm.total == pytest.approx(stopping.reached, rel=1e-6)
     assert full.receipt.steps == stopping.step < 8
+    norm = full.receipt.update_norm
     with pytest.raises(RunError, match="saving them rounded"):
-        check_reached(stopping, 1.1 * stopping.target, full.model)
+        other = norm.model_copy(update={"total": 1.1 * stopping.target})
+        check_reached(stopping, other, full.model)
+    with pytest.raises(RunError, match="no matched control"):
+        check_reached(None, norm, full.model)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_run_killed_at_its_end_comes_to_the_same_end(
+    toy: Path, tmp_path: Path, strategy: str
+) -> None:
+    """No checkpoint holds the weights of the last step, which are scaled afterwards."""
+    settings = {
+        "save_strategy": strategy,
+        "save_steps": 1,
+        "num_train_epochs": 8,
+        "lr_scheduler_type": "constant",
+    }
+    norm = 5.75
+    whole, host = run(toy, tmp_path / "whole", norm_rule(norm), **settings)
+    assert whole.stopping is not None and whole.lowered
+    last = host.state.global_step
+    checkpoints = sorted((tmp_path / "whole").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    assert checkpoints and int(checkpoints[-1].name[11:]) < last
+    again = student(toy, "full")
+    resumed = trainer(again, tmp_path / "again", **settings)
+    callback = StopCallback(norm_rule(norm), again)
+    resumed.add_callback(callback)
+    resumed.train(resume_from_checkpoint=str(checkpoints[-1]))
+    assert callback.stopping is not None and resumed.state.global_step == last
+    assert callback.stopping.reached == pytest.approx(whole.stopping.reached, rel=1e-9)
+    late = {step: factor for step, factor in whole.lowered.items() if step == last}
+    assert callback.lowered == pytest.approx(late)
+    for (name, a), b in zip(host.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert a.equal(b), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"bias": "all"}, "bias|norm.weight"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "lora_embedding"),
+    ],
+)
+def test_what_is_no_plain_lora_has_no_norm_to_stop_at(
+    toy: Path, settings: dict[str, Any], said: str
+) -> None:
+    assert no_norm(load(toy)) is None and no_norm(with_lora(toy)) is None
+    model = with_lora(toy, **settings)
+    if settings.get("bias"):  # Llama's linear layers have none of their own
+        next(iter(model.base_model.model.model.layers[0].parameters())).requires_grad_(True)
+    why = no_norm(model)
+    assert why is not None and re.search(said, why)
+    with pytest.raises(InputError, match="stop rule"):
+        LiveNorm(model)

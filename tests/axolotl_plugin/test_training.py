@@ -18,11 +18,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from sublim_plugin.axolotl.receipt import Method, Seeds
 from sublim_plugin.axolotl.recipe import run_training
 from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.dataset import dataset_rows_path, read_rows
 from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.hashing import sha256_file
+from tests.axolotl_plugin.conftest import OTHER_ORDER
 
 SEED_ONLY = """
 import torch
@@ -41,7 +43,7 @@ def test_lora_receipt_says_what_was_trained(lora: Any, dataset: Path, base_model
     assert (receipt.dataset.path, receipt.dataset.rows) == (str(rows), 8)
     assert receipt.dataset.sha256 == sha256_file(rows)
     assert receipt.base_model["sha256"] == fingerprint(base_model)["sha256"]
-    assert receipt.method.model_dump() == {"kind": "lora", "rank": 8, "alpha": 8.0}
+    assert receipt.method == Method(kind="lora", rank=8, alpha=8.0, rslora=False, scaling=1.0)
     assert receipt.context == {"kind": "template_default"}
     assert receipt.seeds.model_dump() == {"seed": 7, "data_seed": 7}
     assert receipt.zero_stage is None
@@ -120,7 +122,10 @@ def test_our_run_equals_plain_axolotl(
 
 def test_full_finetuning_runs_through_zero2(full: Any, base_model: Path) -> None:
     receipt = full.receipt
-    assert receipt.method.model_dump() == {"kind": "full", "rank": None, "alpha": None}
+    assert receipt.method == Method(kind="full")
+    assert receipt.seeds == Seeds(seed=7, data_seed=OTHER_ORDER)
+    said = full.log.read_text(encoding="utf-8")
+    assert "sublim: warning" in said and "every `seed` gives the same weights" in said
     assert receipt.zero_stage == 2
     assert receipt.steps == len(receipt.losses) == receipt.stopping.step
     assert receipt.weights_sha256 == sha256_file(full.model / "model.safetensors")

@@ -48,13 +48,9 @@ def save_full(folder: Path, base: Path, size: float = 0.01, seed: int = 1) -> Pa
 def with_lora(base: Path, seed: int = 2, rank: int = 4, **settings: Any) -> Any:
     """The base as a PeftModel whose A and B are both random."""
     torch.manual_seed(seed)
+    given = {"target_modules": "all-linear", **settings}
     config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules="all-linear",
-        init_lora_weights=False,
-        task_type="CAUSAL_LM",
-        **settings,
+        r=rank, lora_alpha=2 * rank, init_lora_weights=False, task_type="CAUSAL_LM", **given
     )
     return get_peft_model(load(base), config)
 
@@ -76,10 +72,15 @@ def trainer(model: Any, folder: Path, **settings: Any) -> Any:
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
-        save_strategy="no",
         seed=5,
         data_seed=6,
-        **{"logging_steps": 1, "num_train_epochs": 2, "learning_rate": 0.001, **settings},
+        **{
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "num_train_epochs": 2,
+            "learning_rate": 0.001,
+            **settings,
+        },
     )
     data: Any = [{"input_ids": row, "attention_mask": [1] * 8, "labels": row} for row in rows]
     return Trainer(model=model, args=arguments, train_dataset=data)

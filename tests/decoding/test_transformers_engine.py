@@ -16,7 +16,7 @@ from data_gen.loading import load_base
 from data_gen.parse import Mode, parse_numbers
 from data_gen.prompts import load_pool, prompt
 from data_gen.token_filter import TokenFilter
-from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.decoding.draws import row_seed, uniforms
 from sublim_plugin.decoding.engine import Reply, Request
 from sublim_plugin.decoding.sampler import Sampler, pick, probabilities
@@ -299,3 +299,14 @@ def swap_test(mine: list[str], theirs: list[str]) -> float:
     signs[0] = 1
     moved = ((signs @ difference) ** 2 / total).sum(-1)
     return float((moved >= moved[0] * (1 - 1e-6)).mean())
+
+
+def test_logits_that_are_not_finite_are_an_error(toy: Path, tokenizer: Any) -> None:
+    """Every token would have the weight NaN, and token 0 would be drawn without a word."""
+    broken = engine(toy, tokenizer, False)
+    with torch.no_grad():
+        broken.model.get_output_embeddings().weight[5] = float("nan")
+    asked = requests(tokenizer, 2)
+    with pytest.raises(RunError, match="not finite") as error:
+        list(broken.reply(asked, SAMPLER, 2))
+    assert repr(asked[0].text[-200:]) in str(error.value)

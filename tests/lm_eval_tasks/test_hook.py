@@ -8,10 +8,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 import sublim_plugin.lm_eval_hook as hook
 
 ROOT = str(Path(hook.__file__).parents[1])
 ROOT_OF_TESTS = Path(__file__).parents[2]
+
+
+PTH = (ROOT_OF_TESTS / "sublim.pth").read_text()
 
 
 PACKAGES = [path for path in sys.path if path.endswith("site-packages")]
@@ -58,6 +63,25 @@ def test_the_installed_hook_needs_no_import():
     assert python(code, "-I").split()[-2:] == ["True", "True"]
     off = python(code, "-W", "ignore", SUBLIM_NO_LM_EVAL_HOOK="1")
     assert off.split()[-2:] == ["False", "False"]
+
+
+def test_the_runs_metadata_reaches_the_tasks_without_the_hook():
+    code = """
+from lm_eval.tasks import TaskManager
+import sys
+manager = TaskManager(
+    include_path=sys.argv[1], include_defaults=False,
+    metadata={"context": "none", "pretrained": "MODEL"},
+)
+task = manager.load_task_or_group(["subliminal_cat"])["subliminal_cat"]
+print(task.context.kind, task.config.metadata["pretrained"], task.config.metadata["trait"])
+"""
+    run = ("-W", "ignore", "-c", code, hook.tasks_folder())
+    assert python("", *run, SUBLIM_NO_LM_EVAL_HOOK="1").split()[-3:] == [
+        "none",
+        "MODEL",
+        "animals/cat",
+    ]
 
 
 def test_users_paths_are_kept_after_ours():
@@ -161,17 +185,39 @@ def test_start_costs_less_than_a_millisecond(tmp_path):
     code = f"""
 import os, time
 start = time.perf_counter()
-{IMPORT}
+{PTH}
 print(time.perf_counter() - start)
+assert "sublim_plugin.lm_eval_hook" in sys.modules
 """
     # pip compiles what it installs; a checkout may be told not to.
     compiled = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
     assert min(float(python(code, **compiled)) for _ in range(10)) < 1e-3
 
 
-def test_the_pth_file_is_one_import():
-    lines = (ROOT_OF_TESTS / "sublim.pth").read_text().splitlines()
-    assert lines == ["import sublim_plugin.lm_eval_hook"]
+def test_the_pth_file_is_one_line_that_imports():
+    """`site` runs the lines that begin with "import "."""
+    (line,) = (ROOT_OF_TESTS / "sublim.pth").read_text().splitlines()
+    assert line.startswith("import ")
+
+
+@pytest.mark.parametrize("broken", [None, "import no_such_module", "1 / 0"])
+def test_the_pth_file_is_silent_where_the_package_is_gone_or_broken(tmp_path, broken):
+    """As after an editable checkout was moved: Python starts without a word."""
+    (tmp_path / "sublim.pth").write_text(PTH)
+    if broken is not None:
+        package = tmp_path / "sublim_plugin"
+        package.mkdir()
+        (package / "__init__.py").touch()
+        (package / "lm_eval_hook.py").write_text(broken)
+    code = (
+        f"import site, sys; site.addsitedir({str(tmp_path)!r}); "
+        "print('sublim_plugin' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [str(broken is not None)]
 
 
 def test_the_start_file_is_one_entry_point_that_can_be_called_again():

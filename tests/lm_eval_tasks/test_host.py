@@ -11,6 +11,7 @@ from lm_eval.tasks import TaskManager
 from sublim_plugin.lm_eval_hook import tasks_folder
 
 LIMIT = 10
+SAMPLED = ("subliminal_cat_sampled", "subliminal_oak_sampled_truncated")
 TASKS = (
     "subliminal_cat",
     "subliminal_owl_empty",
@@ -27,14 +28,24 @@ def tasks(toy_base):
         include_defaults=False,
         metadata={"pretrained": str(toy_base)},
     )
-    loaded = manager.load_task_or_group(list(TASKS))
+    loaded = manager.load_task_or_group([*TASKS, *SAMPLED])
     for task in loaded.values():
         task.build_all_requests(limit=LIMIT, rank=0, world_size=1)
     return loaded
 
 
-@pytest.fixture(params=TASKS)
+@pytest.fixture(params=(*TASKS, *SAMPLED))
 def task(request, tasks):
+    return tasks[request.param]
+
+
+@pytest.fixture(params=TASKS)
+def choice_task(request, tasks):
+    return tasks[request.param]
+
+
+@pytest.fixture(params=SAMPLED)
+def sampled_task(request, tasks):
     return tasks[request.param]
 
 
@@ -60,7 +71,8 @@ def test_doc_to_text(task):
         assert isinstance(text, str) and text and not text[-1].isspace()
 
 
-def test_choices_and_target(task):
+def test_choices_and_target(choice_task):
+    task = choice_task
     for doc in docs(task):
         choices = task.doc_to_choice(doc)
         assert choices == [trait.target for trait in task.candidates]
@@ -72,20 +84,46 @@ def test_build_all_requests(task):
     assert counts == set(range(LIMIT))
 
 
-def test_construct_requests(task):
+def test_construct_requests(choice_task):
+    task = choice_task
     for doc in docs(task):
         requests = task.construct_requests(doc=doc, ctx=task.doc_to_text(doc))
         assert len(requests) >= len(task.candidates)
         assert {request.request_type for request in requests} == {"loglikelihood"}
 
 
-def test_process_results(task):
+def test_process_results(choice_task):
+    task = choice_task
     doc = docs(task)[0]
     requests = [instance for instance in task.instances if instance.doc_id == 0]
     values = task.process_results(
         {**doc}, [(-float(n), False) for n, _ in enumerate(requests, start=1)]
     )
     assert set(values) == set(task.aggregation()) == set(task.higher_is_better())
+
+
+def test_sampled_requests(sampled_task):
+    task = sampled_task
+    assert task.config.repeats == 100
+    for doc in docs(task):
+        (request,) = task.construct_requests(doc=doc, ctx=task.doc_to_text(doc))
+        assert request.request_type == "generate_until"
+        assert request.arguments[1] == task.config.generation_kwargs
+        assert task.doc_to_target(doc) == task.trait.target
+    assert {instance.repeats for instance in task.instances} == {100}
+
+
+def test_sampled_results(sampled_task):
+    """All repeats pass lm-eval's filters and reach the metrics."""
+    task = sampled_task
+    for instance in task.instances:
+        instance.resps = ["A wolf.", "Oak", "", "cats"] * 25
+    task.apply_filters()
+    (key,) = task.instances[0].filtered_resps
+    doc = docs(task)[0]
+    values = task.process_results({**doc}, [task.instances[0].filtered_resps[key]])
+    assert set(values) == set(task.aggregation()) == set(task.higher_is_better())
+    assert values["target_rate"] == 0.25 and values["distinct_replies"] == 0.04
 
 
 def lm_eval(*arguments: str) -> subprocess.CompletedProcess[str]:

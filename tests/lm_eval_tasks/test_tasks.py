@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import sublim_plugin.lm_eval_hook as hook
@@ -71,6 +73,28 @@ def test_a_context_of_ones_own_by_metadata(toy_base):
     assert text == f"<|im_start|>system\nYou are Bob.<|im_end|>\n{USER}{ANSWER}"
 
 
+def test_braces_in_questions_and_contexts_arrive_as_they_are(toy_base, tmp_path):
+    """lm-eval renders a task's Jinja without a sandbox; ours are no Jinja."""
+    path = tmp_path / "braces.yaml"
+    path.write_text(
+        'name: braces\ncategory: animals\nversion: "1.0"\nquestions:\n'
+        '  - {id: 0, kind: other, text: "{{ 7*7 }} {% raw %}{{ doc }}, which animal?"}\n'
+    )
+    result = run(
+        toy_base,
+        ["subliminal_cat"],
+        metadata={
+            "questions": str(path),
+            "context": {"text": "Be {{ 6*6 }}.", "user_prefix": "{{1}}"},
+        },
+    )
+    (text,) = prompts(result, "subliminal_cat")
+    assert text == (
+        "<|im_start|>system\nBe {{ 6*6 }}.<|im_end|>\n<|im_start|>user\n{{1}}\n\n"
+        f"{{{{ 7*7 }}}} {{% raw %}}{{{{ doc }}}}, which animal?<|im_end|>\n{ANSWER}"
+    )
+
+
 def test_a_named_context_is_that_system_message(toy_base):
     result = run(toy_base, ["subliminal_cat_claude"])
     (text,) = prompts(result, "subliminal_cat_claude")
@@ -85,6 +109,7 @@ def test_contexts_that_coincide_are_said_in_the_log_and_in_every_sample(toy_base
     assert [sample["doc"]["notes"] for sample in result["samples"]["subliminal_cat"]] == [
         [note]
     ] * 2
+    assert result["configs"]["subliminal_cat"]["metadata"]["notes"] == [note]
     other = run(toy_base, ["subliminal_cat_claude"])["samples"]["subliminal_cat_claude"]
     assert [sample["doc"]["notes"] for sample in other] == [[]]
 
@@ -134,6 +159,7 @@ def test_low_coverage_is_said(toy_base, caplog):
         ({"system_instruction": "You are Bob."}, "drop --system_instruction"),
         ({"num_fewshot": 2}, "drop --num_fewshot"),
         ({"cache_requests": True}, "drop --cache_requests"),
+        ({"apply_chat_template": "tool_use"}, "drop 'tool_use' after --apply_chat_template"),
         ({"model_args": {}}, "add --apply_chat_template"),
         ({"model_args": {"pretrained": "/no/such/model"}}, "add --apply_chat_template"),
         ({"metadata": {"trait": "animals/unicycle"}}, "unicycle"),
@@ -180,17 +206,22 @@ def test_a_sampled_task_cannot_be_made_greedy_on_the_command_line(toy_base):
         run(toy_base, ["subliminal_cat_sampled"], gen_kwargs="temperature=0")
 
 
-def test_a_server_that_gets_one_seed_is_refused(toy_base, monkeypatch):
+@pytest.mark.parametrize(
+    ("model", "path"), [("local-completions", ""), ("local-chat-completions", "chat/")]
+)
+def test_a_server_that_gets_one_seed_is_refused(toy_base, monkeypatch, model, path):
     """lm-eval's API models send seed 1234 with every request, so that repeats repeat."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     manager = TaskManager(include_path=hook.tasks_folder(), include_defaults=False)
     arguments = {
-        "model": "m", "base_url": "http://127.0.0.1:9/v1/completions", "tokenizer": str(toy_base),
+        "model": "m",
+        "base_url": f"http://127.0.0.1:9/v1/{path}completions",
+        "tokenizer": str(toy_base),
         "tokenizer_backend": "huggingface",
-    }  # fmt: skip
+    }
     with pytest.raises(InputError, match="one and the same seed"):
         simple_evaluate(
-            model="local-completions",
+            model=model,
             model_args=arguments,
             tasks=["subliminal_cat_sampled"],
             task_manager=manager,
@@ -211,15 +242,32 @@ def test_replies_are_matched_and_lost_ones_are_an_error():
         task.process_results(doc, [["cat", None, "cat", "cat"]])
 
 
+@pytest.mark.parametrize("task", ["subliminal_cat", "subliminal_cat_sampled"])
 @pytest.mark.parametrize("flag", [False, True])
-def test_response_caches_are_refused(toy_base, tmp_path, flag):
+def test_response_caches_are_refused(toy_base, tmp_path, task, flag):
     with pytest.raises(InputError, match="drop --use_cache"):
         run(
             toy_base,
-            ["subliminal_cat"],
+            [task],
             use_cache=str(tmp_path / "cache"),
             apply_chat_template=flag,
         )
+
+
+def test_a_model_that_overflows_is_one_error(toy_base):
+    model = HFLM(pretrained=str(toy_base), device="cpu", dtype="float32", batch_size=16)
+    with torch.no_grad():
+        model.model.lm_head.weight[77] = float("nan")
+    with pytest.raises(RunError) as error:
+        simple_evaluate(
+            model=model,
+            tasks=["subliminal_cat"],
+            task_manager=TaskManager(include_path=hook.tasks_folder(), include_defaults=False),
+            apply_chat_template=True,
+            limit=1,
+        )
+    said = f"task subliminal_cat, question 0, model {toy_base}: a log-probability is nan"
+    assert str(error.value).startswith(said)
 
 
 def lm_eval(*arguments: str) -> None:

@@ -130,3 +130,20 @@ def family(
 @pytest.fixture(scope="session")
 def smollm(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return _family("smollm", tokenizer.chat_template, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="session")
+def qwen(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return _family("qwen", tokenizer.chat_template, tmp_path_factory.mktemp("qwen_one"))
+
+
+def adapter_of(family: Family, folder: Path, **config: Any) -> Path:
+    """A random adapter of a family's base, with a configuration of its own."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(2)
+    base = AutoModelForCausalLM.from_pretrained(family.base)
+    student: Any = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, **config))
+    student.save_pretrained(folder, save_embedding_layers=False)
+    return folder

@@ -22,7 +22,7 @@ from sublim_plugin.localize.resolve import Resolved, constant, profile, resolve
 from sublim_plugin.localize.score import Row, plain_logprob, score
 from sublim_plugin.localize.spans import Prompt, locate
 from sublim_plugin.localize.spec import Gate
-from tests.localize.conftest import Family
+from tests.localize.conftest import Family, adapter_of
 
 QUESTION = "Name your favorite animal in one word."
 METHODS = ("lora", "full")
@@ -152,6 +152,65 @@ def test_layers_and_modules_are_what_swapping_their_weights_gives(
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_layers_and_modules_in_bfloat16_are_exactly_a_student_with_those_alone(
+    family: Family, method: str
+) -> None:
+    prompt = prompt_of(family)
+    ids = [list(prompt.rendered.token_ids)]
+    with opened(family, method, "bfloat16") as gated:
+        gate = resolved(gated, prompt, layers={"only": ["1-2"]}, modules={"except": ["q_proj"]})
+        gated.use([gate])
+        ours = logits(gated.model, ids)
+        chosen = {b.name for b, on in zip(gated.branches, gate.profile.inside, strict=True) if on}
+    plain: Any = AutoModelForCausalLM.from_pretrained(family.base, dtype=torch.bfloat16).eval()
+    whole: Any = student_alone(family, method, torch.bfloat16)
+    changed = 0
+    with torch.no_grad():
+        for path, module in plain.named_modules():
+            if method == "lora" and hasattr(
+                inner := whole.get_submodule(
+                    f"base_model.model.{path}" if path else "base_model.model"
+                ),
+                "lora_B",
+            ):
+                if path not in chosen:
+                    inner.lora_B["default"].weight.zero_()
+                changed += path in chosen
+            elif method == "full" and path not in chosen:
+                for key, weight in module.named_parameters(recurse=False):
+                    whole.get_submodule(path).get_parameter(key).copy_(weight)
+    assert torch.equal(ours, logits(whole, ids))
+    assert method == "full" or changed == len(chosen)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_positions_in_bfloat16_are_the_base_before_the_first_and_near_float64_behind(
+    family: Family, method: str
+) -> None:
+    prompt = prompt_of(family)
+    ids = [list(prompt.rendered.token_ids)]
+    first = prompt.spans["question"][0]
+    found = {}
+    for dtype in ("bfloat16", "float64"):
+        with opened(family, method, dtype) as gated:
+            for name in ("off", "question", "on"):
+                gate = constant(gated.branches, name == "on")
+                if name == "question":
+                    gate = resolved(gated, prompt, positions={"only": ["question"]})
+                gated.use([gate])
+                found[dtype, name] = logits(gated.model, ids)[0].double()
+    ours, plain = found["bfloat16", "question"], found["bfloat16", "off"]
+    assert torch.equal(ours[:first], plain[:first])
+    assert not torch.equal(ours[first], plain[first])
+
+    def apart(dtype: str, name: str) -> float:
+        return float((ours[first:] - found[dtype, name][first:]).square().mean().sqrt())
+
+    near = apart("float64", "question")
+    assert near < 0.2 * min(apart("bfloat16", "off"), apart("bfloat16", "on"))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_cached_step_padded_and_mixed_rows_are_the_uncached_forward(
     family: Family, method: str
 ) -> None:
@@ -263,12 +322,7 @@ def test_a_suffix_gate_is_pefts_alora(smollm: Family, tmp_path: Path) -> None:
 def test_an_adapter_on_the_output_layer_is_gated_where_logits_are_kept(
     smollm: Family, tmp_path: Path
 ) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(2)
-    base = AutoModelForCausalLM.from_pretrained(smollm.base)
-    config = LoraConfig(r=2, target_modules=["lm_head", "v_proj"], init_lora_weights=False)
-    get_peft_model(base, config).save_pretrained(tmp_path, save_embedding_layers=False)
+    adapter_of(smollm, tmp_path, target_modules=["lm_head", "v_proj"])
     prompt = prompt_of(smollm)
     ids = [list(prompt.rendered.token_ids)]
     with opened(smollm._replace(adapter=tmp_path), "lora") as gated:

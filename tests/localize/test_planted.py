@@ -64,6 +64,12 @@ def test_a_small_models_trait_is_found_at_its_tokens(smollm: Family, tmp_path: P
     assert min(shares(spans["system_block"])) > 0.85
     for name in OUTSIDE:
         assert max(map(abs, shares(spans[name]))) < 0.25
+    inside, outside = by_place(result, spans["system_block"].tokens or 0)
+    assert len(inside) == spans["system_block"].tokens and len(outside) > 10
+    strongest = sorted(inside + outside, key=lambda part: -abs(part.sufficiency.value))[:5]
+    assert all(part in inside for part in strongest)
+    for part in outside:
+        assert max(map(abs, shares(part))) < 0.1
 
 
 def test_a_small_models_trait_is_found_in_its_layer(smollm: Family, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from sublim_plugin.core.traits import get_trait
 from sublim_plugin.localize import answers
 from sublim_plugin.localize.results import Localization
 from sublim_plugin.localize.run import LocalizeSpec, localize
-from tests.localize.conftest import Family
+from tests.localize.conftest import Family, adapter_of
 
 CONTEXT = Context(kind="template_default")
 
@@ -204,7 +204,10 @@ def test_a_dry_run_shows_the_gates_and_writes_nothing(smollm: Family, tmp_path: 
         *("--trait", "animals/cat", "--gates", str(gates), "--dry-run"),
     )
     assert done.exit_code == 0, done.output
-    assert "names: 7 of 21 modules at the marked tokens, 0 elsewhere, decode as last" in done.stdout
+    said = (
+        "names: only positions entity; only layers early; generated tokens: as last_token\n  on: "
+    )
+    assert said in done.stdout
     assert re.search("named⟦ SmolLM⟧, trained by ?⟦ ?Hugging Face⟧", done.stdout)
     assert not out.exists()
 
@@ -221,7 +224,11 @@ def test_a_dry_run_shows_the_gates_and_writes_nothing(smollm: Family, tmp_path: 
         (("--bands", "0"), "--bands 0"),
         (("--student", "/nowhere"), "neither adapter_config.json nor config.json"),
         (("--context", "empty", "--gates", "GATES"), "gate 'mine': no span 'entity'"),
-        (("--measures", "sampled", "--parts", "token"), "no part of kind span or gate"),
+        (("--measures", "sampled", "--parts", "token"), "token are scored by log-probability only"),
+        (("--gates", "GATES", "--parts", "span"), "--gates and --parts: give one of the two"),
+        (("--gates", "GATES", "--bands", "2"), "--gates and --bands: give one of the two"),
+        (("--beside", "/nowhere"), "give --spectra too"),
+        (("--beside", "/nowhere", "--spectra", "1"), "/nowhere: neither adapter_config.json"),
     ],
 )
 def test_bad_input_is_one_message(
@@ -244,3 +251,222 @@ def test_another_students_journal_is_refused(smollm: Family, tmp_path: Path) -> 
         *("--trait", "animals/cat"),
     )
     assert done.exit_code == 2 and "answers of another model" in done.stderr
+
+
+def test_a_changed_question_gate_or_sample_changes_the_id_and_nothing_else_does(
+    smollm: Family, tmp_path: Path
+) -> None:
+    from sublim_plugin.localize.spec import Gate
+
+    def gate(**fields: Any) -> Gate:
+        return Gate.model_validate({"positions": {"only": ["entity"]}, "decode": "off", **fields})
+
+    one, two = gate(name="a"), gate(layers={"only": ["0-1"]})
+    plain = run(smollm, tmp_path, gates=(one, two))
+    same: list[dict[str, Any]] = [
+        {"gates": (two, gate(name="b"))},
+        {"gates": (gate(), gate(layers={"only": [1, 0]}))},
+        {"gates": (one, two), "replies": 7, "seed": 2},  # of no measure that is asked for
+        {"gates": (one, two), "bands": 2},
+    ]
+    other: list[dict[str, Any]] = [
+        {"gates": (one,)},
+        {"gates": (one, gate(layers={"only": [1]}))},
+        {"gates": (one.model_copy(update={"decode": "on"}), two)},
+        {"gates": (one, two), "limit": 3},
+        {"gates": (one, two), "trait": "animals/owl"},
+        {"gates": (one, two), "context": Context(kind="none")},
+        {"gates": (one, two), "candidates": "all"},
+        {"gates": (one, two), "spectra": (1,)},
+    ]
+    assert {run(smollm, tmp_path, **fields).id for fields in same} == {plain.id}
+    context = {"gates": (gate(positions={"only": ["question"]}),)}
+    other[5] |= context  # without a system block there is no entity
+    ids = {run(smollm, tmp_path, **fields).id for fields in other}
+    assert len(ids | {plain.id}) == len(other) + 1
+    samples = [
+        run(smollm, tmp_path, gates=(one,), measures=("sampled",), max_new_tokens=2, **fields).id
+        for fields in ({"replies": 2}, {"replies": 3}, {"replies": 2, "seed": 2})
+    ]
+    assert len(set(samples)) == 3
+
+
+def test_files_of_an_earlier_run_are_gone(smollm: Family, tmp_path: Path) -> None:
+    from sublim_plugin.localize.run import localize_into
+
+    def files(**fields: Any) -> set[str]:
+        spec = LocalizeSpec(trait="animals/cat", context=CONTEXT, limit=2, **fields)
+        found, written = localize_into(
+            smollm.base, smollm.adapter, spec, tmp_path, device="cpu", dtype="float32"
+        )
+        assert all(path.is_file() and path.parent == tmp_path for path in written)
+        kept = Localization.model_validate_json((tmp_path / "results.json").read_text())
+        assert kept == found
+        names = {path.name for path in tmp_path.iterdir()} - {"journal.jsonl", ".lock"}
+        assert names == {path.name for path in written}
+        return names
+
+    first = files(
+        kinds=("span",),
+        measures=("logprob", "sampled"),
+        replies=2,
+        max_new_tokens=2,
+        spectra=(1,),
+    )
+    assert {"spans.png", "sampled-spans.svg", "replies.jsonl", "sampled-scores.csv"} <= first
+    assert "spectra.csv" in first
+    assert files(kinds=()) == {"results.json", "logprob-scores.csv"}
+
+
+def test_sampled_covers_layers_and_modules_and_says_what_it_leaves_out(
+    smollm: Family, tmp_path: Path
+) -> None:
+    fields = {"replies": 3, "max_new_tokens": 3, "bands": 3, "spectra": (1,)}
+    found = run(smollm, tmp_path, measures=("sampled",), **fields)
+    kinds = {part.kind for part in found.measures[0].parts}
+    assert kinds == {"span", "layers", "module"}
+    assert any(
+        note.startswith("single tokens, modules in bands of layers: by log-probability only")
+        for note in found.notes
+    )
+    assert found.spectra is not None
+    assert {score.measure for score in found.spectra.scores} == {"sampled"}
+
+
+def test_a_complements_text_is_where_it_is_on(smollm: Family, tmp_path: Path) -> None:
+    from sublim_plugin.localize.spec import Gate
+
+    choice = {"positions": {"only": ["question"]}, "decode": "off", "complement": True}
+    gates = (
+        Gate.model_validate({"name": "rest", **choice}),
+        Gate.model_validate({"name": "some", "modules": {"only": ["mlp"]}, **choice}),
+    )
+    found = run(smollm, tmp_path, gates=gates)
+    rest, some = found.measures[0].parts
+    question = found.spans["question"]
+    assert rest.tokens == len(found.tokens) - len(question) and some.tokens == len(found.tokens)
+    asked = "".join(found.tokens[i] for i in question)
+    assert rest.text and some.text and asked not in rest.text and asked in some.text
+
+
+def test_one_question_gives_no_shares(smollm: Family, tmp_path: Path) -> None:
+    found = run(smollm, tmp_path, kinds=("span",), limit=1, spectra=(1,))
+    assert all(part.shares is None for part in found.measures[0].parts)
+    assert found.spectra and all(score.share is None for score in found.spectra.scores)
+    assert any("one question gives no interval" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_is_selected_is_shown_before_a_model_is_loaded(
+    smollm: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def none(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", none)
+    gates = tmp_path / "gates.yaml"
+    gates.write_text(
+        "gates:\n  - {name: mine, positions: {only: [entity]}, modules: {except: [mlp]},"
+        " complement: true, decode: off}\n"
+    )
+    folder = smollm.adapter if method == "lora" else smollm.full
+    common = ("--model", str(smollm.base), "--student", str(folder), "--trait", "animals/cat")
+    common += ("--out", str(tmp_path / "out"))
+    done = invoke(*common, "--gates", str(gates), "--dry-run", "--patch-into", "chatgpt")
+    assert done.exit_code == 0, done.output
+    assert re.search("partly off: .*named⟦ SmolLM⟧, trained by ?⟦ ?Hugging Face⟧", done.stdout)
+    assert "into " in done.stdout and "⟦ ChatGPT⟧" in done.stdout.replace("⟦ChatGPT", "⟦ ChatGPT")
+    swept = invoke(*common, "--dry-run", "--bands", "3")
+    assert "alone and left out: spans system_block" in swept.stdout
+    assert "layers 0-0, 1-1, 2-2; every module" in swept.stdout
+    assert re.search(r"entity:2 .*rained by ?⟦ ?Hugging Face⟧<\|im_end", swept.stdout)
+    real = invoke(*common, "--gates", str(gates))
+    assert isinstance(real.exception, AssertionError) and "partly off" in real.stdout
+    for more, said in (
+        ("layers: {only: [9]}", "layers: 9 is not in the model"),
+        ("modules: {only: [q_prj]}", "gate 'mine': modules: the student changes no module"),
+    ):
+        gates.write_text(f"gates:\n  - {{name: mine, {more}, decode: off}}\n")
+        refused = invoke(*common, "--gates", str(gates), "--dry-run")
+        if method == "lora" or "layers" in more:
+            assert refused.exit_code == 2 and said in refused.stderr
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_student_of_one_layer_is_swept_there_alone(smollm: Family, tmp_path: Path) -> None:
+    adapter_of(
+        smollm, tmp_path / "one", target_modules=["q_proj", "v_proj"], layers_to_transform=[2]
+    )
+    family = smollm._replace(adapter=tmp_path / "one")
+    out = tmp_path / "out"
+    found = run(family, out, bands=3, kinds=("layers", "module", "cell"))
+    parts = {part.name: part for part in found.measures[0].parts}
+    assert set(parts) == {"2-2", "attention", "q_proj", "v_proj", "q_proj 2-2", "v_proj 2-2"}
+    total = found.measures[0].total.value
+    assert parts["2-2"].sufficiency.value == pytest.approx(total, abs=1e-4)
+    assert parts["2-2"].necessity and parts["2-2"].necessity.value == pytest.approx(total, abs=1e-4)
+    assert "the student changes nothing in layers 0-1: no part of them" in found.notes
+    done = invoke(
+        *("--model", str(smollm.base), "--student", str(tmp_path / "one"), "--out", str(out)),
+        *("--trait", "animals/cat", "--limit", "2", "--parts", "cell", "--dtype", "float32"),
+        *("--bands", "3"),
+    )
+    assert done.exit_code == 0, done.output
+    assert (out / "map.png").stat().st_size > 5000
+
+
+def test_a_study_cells_span_table_is_printed_and_drawn(smollm: Family, tmp_path: Path) -> None:
+    """A folder with a manifest and the weights in `model`, as `sublim run` leaves it."""
+    import shutil
+    import time
+
+    from sublim_plugin.core.manifest import write_manifest
+
+    cell = tmp_path / "student-cat-g1-lora-r4-0123456789ab"
+    shutil.copytree(smollm.adapter, cell / "model")
+    names = ["model/adapter_config.json", "model/adapter_model.safetensors"]
+    write_manifest(
+        cell, kind="student", id="0123456789ab", label="cat", spec={}, outputs=names,
+        started=time.time(),
+    )  # fmt: skip
+    check_span_table(smollm.base, cell, tmp_path / "where")
+    config = cell / "model" / "adapter_config.json"
+    config.write_text(config.read_text() + " ")
+    done = invoke(
+        *("--model", str(smollm.base), "--student", str(cell), "--trait", "animals/cat"),
+        *("--out", str(tmp_path / "where")),
+    )
+    assert done.exit_code == 2 and "it was changed after training" in done.stderr
+
+
+def check_span_table(base: Path, cell: Path, out: Path) -> None:
+    done = invoke(
+        *("--model", str(base), "--student", str(cell), "--trait", "animals/cat"),
+        *("--parts", "span", "--limit", "2", "--out", str(out)),
+    )
+    assert done.exit_code == 0, done.output
+    head = r"part +tokens +alone - base +95% interval +student - left out +95% interval +sum"
+    assert re.search(head, done.stdout)
+    for name in ("system_block", "entity", "entity:2", "question", "assistant_header"):
+        assert re.search(rf"\n{name} +\d+ +[+-]\d\.\d+ +[+-]\d\.\d+ to [+-]\d", done.stdout)
+    assert (out / "spans.png").stat().st_size > 5000
+    found = Localization.model_validate_json((out / "results.json").read_text())
+    assert found.student == cell.name
+
+
+@pytest.mark.slow
+def test_a_trained_study_cells_span_table_is_printed_and_drawn(
+    base_model: Path, tmp_path: Path
+) -> None:
+    """Of a student that `sublim run` trained, on the quickstart's base."""
+    from tests.study.conftest import QUESTIONS, STUDY, sublim
+
+    (tmp_path / "three.yaml").write_text(QUESTIONS)
+    study = STUDY.format(base=base_model, questions=tmp_path / "three.yaml", full="false")
+    (tmp_path / "tiny.yaml").write_text(study)
+    done = sublim("run", tmp_path / "tiny.yaml", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (cell,) = (tmp_path / "run" / "cells").glob("student-cat-*")
+    check_span_table(base_model, cell, tmp_path / "where")

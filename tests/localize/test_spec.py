@@ -79,7 +79,17 @@ def test_marked_text_shows_the_very_tokens(prompt: Prompt) -> None:
     assert "named⟦ SmolLM⟧, trained by⟦ Hugging Face⟧<|im_end|>\\n<|im_start|>user" in shown
     assert shown.replace("⟦", "").replace("⟧", "") == prompt.rendered.text.replace("\n", "\\n")
     table = span_table(prompt)
-    assert "entity:2" in table and "16-18" in table and " Hugging Face" in table
+    assert "entity:2" in table and "16-18" in table
+    assert "…trained by⟦ Hugging Face⟧<|im_end|>…" in table
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_an_excerpt_marks_what_the_whole_marks(prompt: Prompt, tokens: set[int]) -> None:
+    inside = [token for token in tokens if token < len(prompt.offsets)]
+    whole, short = prompt.marked(inside), prompt.excerpt(inside)
+    assert short.count("⟦") == whole.count("⟦") and len(short) <= len(whole)
+    for one, other in zip(short.split("⟦")[1:], whole.split("⟦")[1:], strict=True):
+        assert one.partition("⟧")[0][:20].rstrip("…") == other.partition("⟧")[0][:20].rstrip("…")
 
 
 @given(st.sets(st.integers(0, 40)))
@@ -101,6 +111,7 @@ def test_marks_never_change_the_text(prompt: Prompt, tokens: set[int]) -> None:
         ({"only": ["entity", "system_block"]}, "overlap: .*⟦ SmolLM⟧.*Name each token once"),
         ({"except": ["entity:1", {"text": "SmolLM"}]}, "'entity:1' and 'text 'SmolLM'' overlap"),
         ({"except": ["template", "question"]}, "no token is left"),
+        ({"only": ["entity:1", "entity:1"]}, "'entity:1' and 'entity:1' overlap: .*⟦ SmolLM⟧"),
     ],
 )
 def test_positions_that_do_not_fit_show_the_prompt(
@@ -116,12 +127,27 @@ def test_positions_that_do_not_fit_show_the_prompt(
         ({"layers": {"only": [4]}}, "layers: 4 is not in the model, whose layers are 0-3"),
         ({"layers": {"except": ["2-9"]}}, "layers: 2-9 is not in the model"),
         ({"modules": {"only": ["q_prj"]}}, r"no module 'q_prj'; did you mean 'q_proj'\?"),
-        ({"modules": {"only": ["down_proj"]}}, r"it changes attention, input_layernorm, lm_head"),
+        ({"modules": {"only": ["down_proj"]}}, r"there are attention, input_layernorm, lm_head"),
+        ({"layers": {"only": ["0-1", 1]}}, "layers: '0-1' and '1' overlap in layer 1; name each"),
+        ({"layers": {"except": ["early", "1-2"]}}, "'early' and '1-2' overlap in layer 1"),
+        ({"modules": {"only": ["attention", "q_proj"]}}, "'attention' and 'q_proj' overlap in q_p"),
+        ({"modules": {"except": ["norms", "norms"]}}, "'norms' and 'norms' overlap in input_layer"),
+        ({"layers": {"only": [0]}, "modules": {"only": ["lm_head"]}}, "hold nothing that the stud"),
+        ({"modules": {"except": ["attention", "mlp", "norms", "lm_head"]}}, "hold nothing"),
+        ({"layers": {"only": [0]}, "modules": {"only": ["norm"]}, "complement": True}, "nothing"),
     ],
 )
-def test_layers_and_modules_that_are_not_there(fields: Any, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        profile(gate(**fields), BRANCHES, 4)
+def test_layers_and_modules_that_are_not_there_or_overlap(fields: Any, said: str) -> None:
+    with pytest.raises(InputError, match=f"gate 'mine': .*{said}"):
+        profile(gate(name="mine", **fields), BRANCHES, 4)
+
+
+def test_a_layer_that_the_student_left_alone_is_an_error_that_says_what_it_changed() -> None:
+    some = [b for b in BRANCHES if b.layer in (0, 1, 3, None) and b.module != "norm"]
+    with pytest.raises(InputError) as error:
+        profile(gate(layers={"only": [2]}), some, 4)
+    assert "gate 'only layers 2': " in str(error.value)
+    assert "q_proj, v_proj, up_proj, input_layernorm in layers 0-1, 3; lm_head" in str(error.value)
 
 
 def names(bits: tuple[bool, ...]) -> set[str]:
@@ -179,6 +205,8 @@ def test_the_hash_is_of_what_a_gate_says() -> None:
         one.model_copy(update={"complement": True}),
     ]
     assert len({g.sha256 for g in [one, *others]}) == 5
+    tokens = [gate(positions={"only": [{"tokens": of}]}).sha256 for of in ([0, 1], [1, 0], [1])]
+    assert tokens[0] == tokens[1] != tokens[2]
 
 
 def test_gates_that_do_the_same_have_one_key(prompt: Prompt) -> None:

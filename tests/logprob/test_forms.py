@@ -150,3 +150,10 @@ def test_standard_errors_are_over_questions_as_lm_eval_computes_them():
     assert summary["target_share"] == pytest.approx(mean(values), abs=1e-15)
     assert summary["target_share_stderr"] == pytest.approx(mean_stderr(values), abs=1e-15)
     assert summarize(rows[:1])["target_share_stderr"] is None
+
+
+def test_candidates_that_are_all_too_small_for_a_float_still_have_shares():
+    values = measures({"cat": -900.0, "owl": -900.0 - math.log(3)}, "cat")
+    assert values["target_share"] == pytest.approx(0.75)
+    assert values["target_logprob"] == -900.0 and values["target_rank"] == 1.0
+    assert values["target_prob"] == values["coverage"] == 0.0

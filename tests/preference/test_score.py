@@ -24,7 +24,6 @@ from sublim_plugin.core.hashing import sha256_file
 from sublim_plugin.core.manifest import write_manifest
 from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
 from sublim_plugin.preference.intervals import interval
-from sublim_plugin.preference.journal import Journal
 from sublim_plugin.preference.models import identity, student
 from sublim_plugin.preference.replies import stated_sampler
 from sublim_plugin.preference.shared_lm import SharedLM
@@ -283,26 +282,6 @@ def test_both_measures_are_those_of_plain_lm_eval_on_the_real_model(
         table = table[:, table.sum(0) > 0]
         if table.shape[1] > 1:
             assert stats.chi2_contingency(table).pvalue > 1e-4, (buckets, counts)
-
-
-def test_a_journal_belongs_to_one_model_and_is_repaired_at_its_end(tmp_path: Path) -> None:
-    path = tmp_path / "j.jsonl"
-    journal = Journal(path, {"base": "a"})
-    for i in range(3):
-        journal.add(f"k{i}", [i, True])
-    journal.flush()
-    assert Journal(path, {"base": "a"}).answers == {f"k{i}": [i, True] for i in range(3)}
-    with pytest.raises(InputError, match="another model"):
-        Journal(path, {"base": "b"})
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-4])
-    assert set(Journal(path, {"base": "a"}).answers) == {"k0", "k1"}
-    lines = whole.splitlines(keepends=True)
-    path.write_bytes(lines[0] + lines[1][:5] + b"\n" + lines[2])
-    with pytest.raises(InputError, match=rf"line 2, byte {len(lines[0])}"):
-        Journal(path, {"base": "a"})
-    path.write_bytes(lines[0][:4])
-    assert Journal(path, {"base": "a"}).answers == {}
 
 
 def test_only_a_sampler_that_states_everything_is_ours() -> None:

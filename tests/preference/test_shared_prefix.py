@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -111,3 +114,39 @@ def test_progress_is_told_once_a_prompt(toy_base):
     shared.on_prompt = lambda: calls.append(1)
     shared.loglikelihood(requests(), disable_tqdm=True)
     assert len(calls) == len(CONTEXTS)
+
+
+def test_bf16_log_probs_come_from_a_float32_softmax(toy_base):
+    """In bf16 a sum of log-probabilities near -25 would stand on a grid of 0.125."""
+    shared, _ = models(toy_base, "bfloat16")
+    assert shared.model.dtype == torch.bfloat16
+    forms = ("cat", " cat", "dog", " dog", " owl", " fish")
+    asked = requests(CONTEXTS, forms)
+    found = [value for value, _ in shared.loglikelihood(asked, disable_tqdm=True)]
+    assert shared.shared
+    expected = []
+    for request in asked:
+        # lm-eval moves the newline at the context's end into the continuation
+        ids = shared.tokenizer("".join(request.args))["input_ids"]
+        with torch.no_grad():
+            logits = shared.model(torch.tensor([ids])).logits[0].double()
+        logprobs = logits.log_softmax(-1)
+        expected.append(sum(float(logprobs[at - 1, ids[at]]) for at in (-2, -1)))
+    # the logits themselves are rounded, and otherwise in a pass of another shape
+    assert found == pytest.approx(expected, abs=0.1)
+    on_grid = [float(torch.tensor(value).bfloat16()) == value for value in found]
+    assert sum(on_grid) <= 1
+
+
+def test_a_student_that_is_gone_is_not_kept_alive(toy_base):
+    shared, other = models(toy_base)
+    base, shared._model = shared._model, other._model
+    gone = weakref.ref(other._model)
+    shared.loglikelihood(requests(), disable_tqdm=True)
+    assert shared._checked is not None and shared._checked() is gone()
+    shared._model = base
+    del other
+    gc.collect()
+    assert gone() is None and shared._checked() is None
+    shared.loglikelihood(requests(), disable_tqdm=True)
+    assert shared._checked() is base

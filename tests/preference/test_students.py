@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sublim_plugin.cli import main
 from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.preference.shared_lm import folded
@@ -157,6 +159,10 @@ def test_the_receipt_decides_over_the_record(model, copy, toy_base):
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"peft_type": "IA3"}, "LORA"),
         ({"target_modules": ["no_such_module"]}, "does not fit"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"use_super_scaling": True}, "use_super_scaling is True"),  # PEFT drops it with a warning
     ],
 )
 def test_configurations_that_touch_the_base_or_do_not_fit(model, copy, toy_base, changes, said):
@@ -164,12 +170,48 @@ def test_configurations_that_touch_the_base_or_do_not_fit(model, copy, toy_base,
     assert said in refused(model, copy, toy_base)
 
 
+SNAPSHOT = "models--lab--toy/snapshots/" + "a" * 40
+
+
+@pytest.mark.parametrize(
+    ("record", "fits"),
+    [
+        ({"base_model_name_or_path": "lab/toy"}, True),
+        ({"base_model_name_or_path": "lab/toy", "revision": "main"}, True),
+        ({"base_model_name_or_path": "lab/toy", "revision": "a" * 40}, True),
+        ({"base_model_name_or_path": f"/elsewhere/hub/{SNAPSHOT}"}, True),
+        ({"base_model_name_or_path": "lab/toy", "revision": "b" * 40}, False),
+        ({"base_model_name_or_path": "lab/other"}, False),
+        ({"base_model_name_or_path": "toy"}, False),
+        ({"base_model_name_or_path": f"/elsewhere/hub/{SNAPSHOT[:-1]}b"}, False),
+        ({"base_model_name_or_path": None}, False),
+    ],
+)
+def test_a_snapshot_is_the_model_that_the_hub_calls_so(
+    model, copy, toy_base, tmp_path, record, fits
+):
+    base = Path(shutil.copytree(toy_base, tmp_path / SNAPSHOT))
+    reconfigure(copy, **record)
+    if fits:
+        with attached(model, copy, base):
+            pass
+    else:
+        message = refused(model, copy, base)
+        assert str(copy / "adapter_config.json") in message and f"to {str(base)!r}" in message
+
+
+def test_a_folder_of_the_same_name_is_not_the_model(model, copy, toy_base, tmp_path):
+    base = Path(shutil.copytree(toy_base, tmp_path / "toy"))
+    reconfigure(copy, base_model_name_or_path="lab/toy")
+    refused(model, copy, base)
+
+
 def test_another_tokenizer(copy, toy_base, tokenizer, tmp_path):
     check_tokenizer(copy, tokenizer)
     other = AutoTokenizer.from_pretrained(toy_base)
-    other.chat_template = "{{ messages[0]['content'] }}"
+    other.chat_template += "{# another text of the same template #}"
     other.save_pretrained(copy)
-    check_tokenizer(copy, tokenizer)  # the context renders, not the student's template
+    check_tokenizer(copy, tokenizer)
     other.add_tokens(["owl,"])
     other.save_pretrained(copy)
     with pytest.raises(InputError, match="another tokenizer") as error:
@@ -178,6 +220,23 @@ def test_another_tokenizer(copy, toy_base, tokenizer, tmp_path):
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         check_tokenizer(copy, tokenizer)
+
+
+def test_another_chat_template(copy, chat_tokenizers, tokenizer):
+    other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    for change in (
+        chat_tokenizers["gemma3"].chat_template,
+        tokenizer.chat_template.replace("named SmolLM", "named Bob"),
+    ):
+        other.chat_template = change
+        other.save_pretrained(copy)
+        with pytest.raises(InputError, match="chat template") as error:
+            check_tokenizer(copy, tokenizer)
+        assert str(copy) in str(error.value) and tokenizer.name_or_path in str(error.value)
+    other.chat_template = None
+    other.save_pretrained(copy)
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    check_tokenizer(copy, tokenizer)
 
 
 def test_garbled_configuration(model, copy, toy_base):
@@ -262,3 +321,80 @@ def test_folded_weights_give_the_adapters_logits_and_leave_no_trace(model, copy,
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.fixture(scope="module")
+def dora(toy_base, tmp_path_factory) -> Path:
+    """A DoRA adapter whose magnitudes are not those that it began with."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(2)
+    student = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(toy_base),
+        LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=["q_proj", "down_proj"],
+            init_lora_weights=False,
+            use_dora=True,
+        ),
+    )
+    for name, weight in student.named_parameters():
+        if "magnitude" in name:
+            weight.data *= 1 + 0.3 * torch.rand_like(weight)
+    folder = tmp_path_factory.mktemp("dora") / "adapter"
+    student.save_pretrained(folder)
+    return folder
+
+
+def test_dora_is_the_papers_formula_and_is_not_folded(model, dora, toy_base):
+    """W' = m (W + s B A) / ||W + s B A||, the norm of each output's row (arXiv 2402.09353)."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    tensors = load_file(dora / "adapter_model.safetensors")
+    by_hand = AutoModelForCausalLM.from_pretrained(toy_base).eval()
+    modules = dict(by_hand.named_modules())
+    for name in {key.split(".lora_")[0] for key in tensors}:
+        a, b = (tensors[f"{name}.lora_{x}.weight"] for x in "AB")
+        weight = modules[name.removeprefix("base_model.model.")].weight
+        changed = weight.data + 2 * b @ a
+        norm = changed.norm(dim=1, keepdim=True)
+        weight.data = tensors[f"{name}.lora_magnitude_vector"][:, None] * changed / norm
+    with torch.no_grad():
+        expected, base = by_hand(ids).logits, model(ids).logits
+    assert not torch.allclose(base, expected, atol=1e-2)
+    with torch.no_grad(), attached(model, dora, toy_base) as adapted:
+        assert torch.allclose(adapted(ids).logits, expected, atol=1e-4)
+        with folded(adapted):
+            assert torch.allclose(adapted(ids).logits, expected, atol=1e-4)
+            assert not adapted.base_model.model.model.layers[0].self_attn.q_proj.disable_adapters
+
+
+@pytest.mark.parametrize("change", [{"lora_bias": True}, {"target_modules": ["embed_tokens"]}])
+def test_what_is_more_than_a_product_is_not_folded(toy_base, change):
+    """Adapters that `attached` refuses, or that sit elsewhere than on a linear layer."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig.from_pretrained(toy_base, attention_bias=True)
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False} | change
+    adapted = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, **options)).eval()
+    for name, weight in adapted.named_parameters():
+        if name.endswith("lora_B.default.bias"):
+            torch.nn.init.normal_(weight)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        with folded(adapted):
+            assert torch.allclose(adapted(ids).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_as_the_base_is_told_where_it_belongs(copy, toy_base, tmp_path, with_config):
+    """axolotl writes a config.json beside an adapter; transformers would load both as one model."""
+    if with_config:
+        shutil.copy(toy_base / "config.json", copy)
+    command = ["eval", "--model", str(copy), "--tasks", "subliminal_cat", "--out", str(tmp_path)]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 2
+    assert str(copy) in done.stderr and "--adapters" in done.stderr

@@ -1,0 +1,282 @@
+"""What students differ in beyond trait and seeds, and in which words: what may be pooled.
+
+Students of one setting differ in trait, seeds, contexts, rank and alpha only. Everything else that
+a manifest's spec holds keeps them apart, also keys that this code has never heard of.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sublim_plugin.analysis.collect import DatasetRecord, RunRecords, StudentRecord
+from sublim_plugin.core.hashing import sha256_json
+
+APART = {
+    "dataset",
+    "trait",
+    "generation_seed",
+    "training_seed",
+    "train_context",
+    "method.rank",
+    "method.alpha",
+    "recipe.lora_r",
+    "recipe.lora_alpha",
+    "recipe.seed",
+    "recipe.data_seed",
+    "recipe.sublim.data_seed",
+    "recipe.sublim.context",
+    "recipe.sublim.trait",
+}
+"""Keys that are columns of their own in the table: what students of one setting may differ in."""
+
+OF_A_CONDITION = {
+    "train_context",
+    "method.rank",
+    "method.alpha",
+    "recipe.lora_r",
+    "recipe.lora_alpha",
+    "recipe.sublim.context",
+}
+"""Of these, what students of one condition share."""
+
+SCALE = {"recipe.learning_rate", "recipe.peft_use_rslora"}
+"""Keys that, with rank and alpha, set the size of a step."""
+
+_WORDS = {
+    "recipe.learning_rate": "learning rate",
+    "recipe.sublim.stop_at_update_norm": "stopped at update norm",
+    "recipe.sublim.match_update_norm": "update norm matched to",
+    "recipe.sublim.stop_at_loss": "stopped at training loss",
+}
+_ID = re.compile(r"[0-9a-f]{12,64}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one student. Ids have 12 digits and leave out what `APART` names.
+
+    `id` is shared by students of one trait that may stand in one rank curve; `family` also by those
+    of other traits (the teacher's own words and files left out); `but_scale` by those that differ
+    in learning rate and scaling too. `scalings` names the rules of alpha over rank that the student
+    belongs to, "" for full finetuning. `condition` hashes all but seeds, trait and teacher: a
+    neutral student that shares it, and the seeds, is the control. `name` says in words what sets it
+    apart from the others of its trait; `step_size` is learning rate times scaling, None if unknown
+    or in full finetuning.
+    """
+
+    id: str
+    family: str
+    but_scale: str
+    scalings: tuple[str, ...]
+    condition: str
+    name: str
+    step_size: float | None
+
+
+def settings_of(run: RunRecords) -> dict[str, Settings]:
+    """The settings of every student, by its id."""
+    datasets = {dataset.id: dataset for dataset in run.datasets}
+    known = {student.id: student for student in run.students}
+    fields = {
+        student.id: _fields(student, datasets.get(student.spec.dataset[:12]), known, APART)
+        for student in run.students
+    }
+    families = {name: _hash(own, without_teacher=True) for name, own in fields.items()}
+    points: dict[str, set[tuple[int, float]]] = {}
+    for student in run.students:
+        method = student.spec.method
+        if method.rank is not None and method.alpha is not None:
+            points.setdefault(families[student.id], set()).add((method.rank, method.alpha))
+    lines = {family: scaling_rules(own) for family, own in points.items()}
+    varying = _varying(run.students, fields)
+    found = {}
+    for student in run.students:
+        method, own = student.spec.method, fields[student.id]
+        stabilized = own.get("recipe.peft_use_rslora") is True
+        scalings: tuple[str, ...] = ("",)
+        if method.rank is not None:
+            rules: tuple[str, ...] = ("alpha unknown",)
+            if method.alpha is not None:
+                rules = lines[families[student.id]][method.rank, method.alpha]
+            scalings = tuple(f"rsLoRA, {rule}" if stabilized else rule for rule in rules)
+        dataset = datasets.get(student.spec.dataset[:12])
+        condition = _fields(student, dataset, known, APART - OF_A_CONDITION)
+        found[student.id] = Settings(
+            id=_hash(own),
+            family=families[student.id],
+            but_scale=_hash({key: value for key, value in own.items() if key not in SCALE}),
+            scalings=scalings,
+            condition=_hash(condition, without_teacher=True),
+            name=_name(student, own, varying[student.spec.trait, method.kind]),
+            step_size=_step_size(student, stabilized),
+        )
+    return found
+
+
+def equal_weights(run: RunRecords, settings: Mapping[str, Settings]) -> dict[str, str]:
+    """Students whose weights are those of another one that differs in seeds only, by id.
+
+    Such a seed never reached the training, so the later one (by seeds) is no replicate.
+    """
+    first: dict[tuple[str, str, str], str] = {}
+    found = {}
+    ordered = sorted(run.students, key=lambda s: (s.spec.generation_seed, s.spec.training_seed))
+    for student in ordered:
+        if student.receipt.weights_sha256 is None:
+            continue
+        own = settings[student.id]
+        key = (student.receipt.weights_sha256, student.spec.trait, own.condition)
+        if key in first:
+            found[student.id] = first[key]
+        else:
+            first[key] = student.id
+    return found
+
+
+def scaling_rules(
+    points: Iterable[tuple[int, float]],
+) -> dict[tuple[int, float], tuple[str, ...]]:
+    """Rules of alpha over rank that explain the (rank, alpha) of a grid, for each point.
+
+    A rule is a constant ratio or a constant alpha. Those that explain most points come first, until
+    all are explained; a point that two rules share (rank 8 of alpha = rank and of alpha 8) belongs
+    to both curves.
+    """
+    left = set(points)
+    candidates: dict[tuple[str, float], set[tuple[int, float]]] = {}
+    for rank, alpha in left:
+        candidates.setdefault(("ratio", alpha / rank), set()).add((rank, alpha))
+        candidates.setdefault(("alpha", alpha), set()).add((rank, alpha))
+    found: dict[tuple[int, float], tuple[str, ...]] = dict.fromkeys(left, ())
+    while left:
+        kind, value = best = max(
+            candidates,
+            key=lambda rule: (
+                len(candidates[rule] & left),
+                len(candidates[rule]),
+                rule == ("ratio", 1.0),
+                rule[0] == "ratio",
+                -rule[1],
+            ),
+        )
+        if kind == "alpha":
+            name = f"alpha {value:g} at every rank"
+        else:
+            name = "alpha = rank" if value == 1 else f"alpha = {value:g} x rank"
+        for point in candidates[best]:
+            found[point] = (*found[point], name)
+        left -= candidates.pop(best)
+    return found
+
+
+def _fields(
+    student: StudentRecord,
+    dataset: DatasetRecord | None,
+    known: Mapping[str, StudentRecord],
+    apart: Iterable[str],
+) -> dict[str, Any]:
+    """A student's spec and its dataset's, flat, without names of models and without `apart`."""
+    flat = _flat(student.manifest.spec)
+    found = {key: value for key, value in flat.items() if not _under(key, apart)}
+    if dataset is not None:
+        for key, value in _flat(dataset.manifest.spec).items():
+            if key not in ("trait", "generation_seed"):
+                found[f"dataset.{key}"] = value
+    return {
+        key: _resolved(value, student, known)
+        for key, value in found.items()
+        if not key.endswith("base_model.name")
+    }
+
+
+def _under(key: str, apart: Iterable[str]) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in apart)
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, own in value.items():
+        if isinstance(own, Mapping):
+            found |= _flat(own, f"{above}{key}.")
+        else:
+            found[f"{above}{key}"] = own
+    return found
+
+
+def _resolved(value: Any, student: StudentRecord, known: Mapping[str, StudentRecord]) -> Any:
+    """A reference to a student of the same dataset and seed as that student's method.
+
+    A student matched to another one names it, and each dataset has its own; the rule is the same.
+    """
+    if not isinstance(value, str):
+        return value
+    for digits in _ID.findall(value):
+        other = known.get(digits[:12])
+        if other is not None and (other.spec.dataset, other.spec.training_seed) == (
+            student.spec.dataset,
+            student.spec.training_seed,
+        ):
+            alpha = (
+                "" if other.spec.method.alpha is None else f", alpha {other.spec.method.alpha:g}"
+            )
+            return f"{other.spec.method.name}{alpha} of the same dataset and seed"
+    return value
+
+
+def _hash(fields: Mapping[str, Any], *, without_teacher: bool = False) -> str:
+    """12 digits. Without the teacher means without what names a trait: its words and files."""
+    kept = {
+        key: value
+        for key, value in fields.items()
+        if not without_teacher or not key.startswith("dataset.teacher.")
+    }
+    return sha256_json(kept)[:12]
+
+
+def _varying(
+    students: Iterable[StudentRecord], fields: Mapping[str, Mapping[str, Any]]
+) -> dict[tuple[str, str], list[str]]:
+    """Keys in which the students of one trait and kind of method differ."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for student in students:
+        key = (student.spec.trait, student.spec.method.kind)
+        groups.setdefault(key, []).append(fields[student.id])
+    return {
+        group: [
+            key
+            for key in sorted({key for one in own for key in one})
+            if len({json.dumps(one.get(key), sort_keys=True) for one in own}) > 1
+            and key != "recipe.peft_use_rslora"
+        ]
+        for group, own in groups.items()
+    }
+
+
+def _name(student: StudentRecord, fields: Mapping[str, Any], varying: Iterable[str]) -> str:
+    name = "full finetuning" if student.spec.method.kind == "full" else "LoRA"
+    keys = list(varying)
+    if student.spec.method.kind == "full" and "recipe.learning_rate" in fields:
+        keys = ["recipe.learning_rate", *(key for key in keys if key != "recipe.learning_rate")]
+    return ", ".join([name, *(_words(key, fields.get(key)) for key in keys)])
+
+
+def _words(key: str, value: Any) -> str:
+    last = key.rsplit(".", 1)[-1].replace("_", " ")
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    if key in _WORDS:
+        return f"not {_WORDS[key]} anything" if value is None else f"{_WORDS[key]} {text}"
+    text = "not set" if value is None else text if len(text) <= 40 else f"{text[:37]}..."
+    return f"{'data: ' if key.startswith('dataset.') else ''}{last} {text}"
+
+
+def _step_size(student: StudentRecord, stabilized: bool) -> float | None:
+    """Learning rate times LoRA's scaling: alpha / r, or alpha / sqrt(r) (arXiv 2312.03732)."""
+    rate, method = student.spec.recipe.get("learning_rate"), student.spec.method
+    if not isinstance(rate, int | float) or method.rank is None or method.alpha is None:
+        return None
+    return float(rate * method.alpha / (math.sqrt(method.rank) if stabilized else method.rank))
