@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +57,14 @@ def plain_metrics(results: dict[str, Any], task: str) -> dict[str, Any]:
     return {key.split(",")[0]: value for key, value in results["results"][task].items()}
 
 
-OVERFLOW = "the model's weights or its dtype overflow"
-
-
-def check_answers(answers: Iterable[Any], model: str) -> None:
-    """Raises RunError where one of a model's log-probabilities is not a number."""
-    for answer in answers:
-        if isinstance(answer, list) and not math.isfinite(answer[0]):
-            raise RunError(f"{model}: a log-probability is {answer[0]}; {OVERFLOW}")
-
-
 def check_finite(results: dict[str, Any], asked: Asked, model: str) -> None:
     """Raises RunError where a task's main metric is not a number; it must not be kept."""
     metric = MAIN[asked.measure]
     value = plain_metrics(results, asked.task)[metric]
     if not math.isfinite(float(value)):
         raise RunError(
-            f"{model}: {asked.task} in context {asked.label}: {metric} is {value}; {OVERFLOW}"
+            f"{model}: {asked.task} in context {asked.label}: {metric} is {value}; the model's "
+            "weights or its dtype overflow"
         )
 
 
