@@ -364,6 +364,21 @@ def test_the_ends_of_a_reply_are_part_of_what_a_model_is(toy_base: Path, tmp_pat
         identity(other, engine="transformers", dtype="auto")
 
 
+def test_contexts_that_are_the_same_prompts_say_so(
+    toy_base: Path, questions: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    own = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert own in tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    contexts = ["template_default", {"text": own}, "empty"]
+    rows = score_students(
+        base=toy_base, tasks=["subliminal_cat"], contexts=contexts, questions=questions,
+        out=tmp_path / "o", device="cpu",
+    )  # fmt: skip
+    assert rows[0].value == rows[1].value != rows[2].value
+    said = [any("are the same prompts to this model" in note for note in r.notes) for r in rows]
+    assert said == [True, True, False]
+
+
 def test_contexts_are_called_as_they_were_asked_for(tmp_path: Path) -> None:
     claude = Context.parse("claude")
     assert label("claude", claude) == label(None, claude) == "claude"
