@@ -237,37 +237,35 @@ def test_a_student_that_fails_under_way_is_named_and_the_others_are_scored(
 def test_two_processes_share_the_base_and_wait_for_it(
     toy_base: Path, toy_adapter: Path, questions: Path, tmp_path: Path
 ) -> None:
-    """As in an array of jobs with an adapter each; the base is in a third one's hands at first."""
+    """As in an array of jobs with an adapter each: this process has the base, the other its own
+    student, and then it waits."""
     out = tmp_path / "scores"
     common = identity(toy_base, engine="transformers", dtype="auto")
     base = model_folder(out, the_base(toy_base, common))
+    arguments = [
+        "eval", "--model", toy_base, "--out", out, "--adapters", toy_adapter, "--json",
+        "--tasks", "subliminal_cat", "--questions", questions, "--device", "cpu",
+    ]  # fmt: skip
     code = "import sys; from sublim_plugin.cli import main; main(sys.argv[1:])"
-    jobs = []
     with cell_lock(base):
-        for number in (1, 2):
-            adapter = change(toy_adapter, tmp_path / f"job-{number}", scale=number)
-            arguments = [
-                "eval", "--model", toy_base, "--out", out, "--adapters", adapter, "--json",
-                "--tasks", "subliminal_cat", "--questions", questions, "--device", "cpu",
-            ]  # fmt: skip
-            jobs.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", code, *map(str, arguments)],
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                )
-            )  # fmt: skip
+        job = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         deadline = time.monotonic() + 240
-        while len(list(out.glob("job-*/*/results_*.json"))) < 2 and time.monotonic() < deadline:
+        while not list(out.glob("adapter-*/*/results_*.json")) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert [job.poll() for job in jobs] == [None, None]
+        time.sleep(1.5)
+        assert job.poll() is None
         assert not list(base.glob("*/results_*.json"))
-    for number, job in enumerate(jobs, 1):
-        stdout, stderr = job.communicate(timeout=240)
-        assert job.returncode == 0, stderr
-        assert "here it comes last, and waits" in stderr
-        rows = json.loads(stdout.splitlines()[-1])
-        assert [row["model"] for row in rows] == ["base", f"job-{number}"]
-        assert rows[1]["minus_base"] == rows[1]["value"] - rows[0]["value"]
+    stdout, stderr = job.communicate(timeout=240)
+    assert job.returncode == 0, stderr
+    assert "here it comes last, and waits" in stderr
+    rows = json.loads(stdout.splitlines()[-1])
+    assert [row["model"] for row in rows] == ["base", "adapter"]
+    assert rows[1]["minus_base"] == rows[1]["value"] - rows[0]["value"]
     assert len(list(base.glob("*/results_*.json"))) == 1
 
 
@@ -364,6 +362,21 @@ def test_the_ends_of_a_reply_are_part_of_what_a_model_is(toy_base: Path, tmp_pat
     path.write_text("{")
     with pytest.raises(InputError, match=r"generation_config.json cannot be read"):
         identity(other, engine="transformers", dtype="auto")
+
+
+def test_contexts_that_are_the_same_prompts_say_so(
+    toy_base: Path, questions: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    own = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert own in tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    contexts = ["template_default", {"text": own}, "empty"]
+    rows = score_students(
+        base=toy_base, tasks=["subliminal_cat"], contexts=contexts, questions=questions,
+        out=tmp_path / "o", device="cpu",
+    )  # fmt: skip
+    assert rows[0].value == rows[1].value != rows[2].value
+    said = [any("are the same prompts to this model" in note for note in r.notes) for r in rows]
+    assert said == [True, True, False]
 
 
 def test_contexts_are_called_as_they_were_asked_for(tmp_path: Path) -> None:

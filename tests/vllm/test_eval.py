@@ -89,10 +89,15 @@ def replies(
         ],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    found = {}
+    found: dict[str, list[list[str]]] = {}
+    merged = []
     for row in json.loads(done.stdout.splitlines()[-1]):
         (sample,) = [json.loads(line) for line in Path(row["samples"]).read_text().splitlines()]
         found[row["model"]] = [reply.split()[:8] for reply in sample["filtered_resps"][0]]
+        block = json.loads(Path(row["results"]).read_text())["sublim"]
+        assert block["engine"] == ("vllm" if "vllm" in more else "transformers")
+        merged += [row["model"]] if block["merged"] else []
+    assert merged == (["wide"] if "vllm" in more else [])
     return found
 
 
@@ -125,19 +130,24 @@ def test_every_kind_of_student_replies_as_in_transformers(
         for other in plain:
             p = p_alike(plain[model], vllm[other])
             assert p > 0.001 if model == other else p < 0.01, (model, other, p)
-    assert not list(students[1].parent.glob("merged-*"))
+    assert not list(tmp_path.rglob(".merged-*"))
     # nothing is drawn twice, so nothing is started either
     again = replies(base, students, questions, tmp_path / "b", "--engine", "vllm")
     assert again == vllm
 
 
-def test_log_probs_are_not_for_vllm(base: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(
-        main,
-        [
-            "eval", "--model", str(base), "--tasks", "subliminal_cat", "--engine", "vllm",
-            "--out", str(tmp_path), "--limit", "1",
-        ],
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--tasks subliminal_cat", "--engine transformers"),
+        ("--tasks subliminal_cat_sampled --device cuda", "leave --device out"),
+    ],
+)
+def test_what_vllm_does_not_do_is_refused_before_it_starts(
+    base: Path, tmp_path: Path, arguments: str, said: str
+) -> None:
+    command = ["eval", "--model", str(base), "--engine", "vllm", "--out", str(tmp_path / "o")]
+    done = CliRunner().invoke(main, [*command, *arguments.split()])
     assert done.exit_code == 2
-    assert "--engine transformers" in done.output
+    assert said in done.output
+    assert not (tmp_path / "o").exists()
