@@ -12,7 +12,7 @@ from sublim_plugin.core.rooms import room
 from sublim_plugin.core.traits import Trait, category_traits, get_trait
 from sublim_plugin.study.study_file import Study
 
-CellKind = Literal["dataset", "student", "probe"]
+CellKind = Literal["dataset", "student", "probe", "localization"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Cell:
 
 
 def plan(study: Study, base: dict[str, Any]) -> list[Cell]:
-    """All cells: datasets, then students, then probes (the base's first).
+    """All cells: datasets, students, probes (the base's first), then localizations.
 
     Args:
         base: the base model's fingerprint.
@@ -55,7 +55,8 @@ def plan(study: Study, base: dict[str, Any]) -> list[Cell]:
     datasets = list(_datasets(study, base))
     students = [student for dataset in datasets for student in _students(study, base, dataset)]
     probes = list(_probes(study, base, students))
-    return list({cell.id: cell for cell in [*datasets, *students, *probes]}.values())
+    places = list(_localizations(study, base, students))
+    return list({cell.id: cell for cell in [*datasets, *students, *probes, *places]}.values())
 
 
 def _datasets(study: Study, base: dict[str, Any]) -> Iterator[Cell]:
@@ -131,6 +132,33 @@ def _probes(study: Study, base: dict[str, Any], students: list[Cell]) -> Iterato
                 }
                 label = f"{student.label if student else 'base'} {context.slug}"
                 yield Cell("probe", label, spec, (student.id,) if student else ())
+
+
+def _localizations(study: Study, base: dict[str, Any], students: list[Cell]) -> Iterator[Cell]:
+    from sublim_plugin.logprob.questions import load_questions
+
+    asked = study.localizations
+    if asked is None:
+        return
+    traits = asked.traits or tuple(trait.name for trait in study.targets)
+    questions = load_questions(study.probes.questions)
+    for student in students:
+        method = student.spec["method"]
+        wanted = asked.full if method["kind"] == "full" else method["rank"] in asked.lora_ranks
+        if not wanted or student.spec["trait"] not in traits:
+            continue
+        for context in asked.contexts:
+            spec = {
+                "base_model": _base(base),
+                "student": student.id,
+                "trait": student.spec["trait"],
+                "eval_context": context.fields(),
+                "questions_sha256": questions.sha256,
+                "parts": list(asked.parts),
+                "bands": asked.bands,
+                "measures": list(asked.measures),
+            }
+            yield Cell("localization", f"{student.label} {context.slug}", spec, (student.id,))
 
 
 def recipe_of(study: Study, cell: Cell) -> tuple[Path, dict[str, Any]]:

@@ -111,7 +111,7 @@ def run_study(study_path: Path, run_dir: Path, say: Say) -> Outcome:
         say(f"{study.name}: {len(cells)} cells, {len(cells) - len(missing)} done, in {run_dir}")
         codes = []
         clock = _Clock(missing, say)
-        for kind in ("dataset", "student", "probe"):
+        for kind in ("dataset", "student", "probe", "localization"):
             todo = [cell for cell in missing if cell.kind == kind and _ready(cell, cells, run_dir)]
             if kind == "student":
                 for cell in todo:

@@ -12,6 +12,7 @@ from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.contexts import DEFAULT_DATE, Context
 from sublim_plugin.core.dataset import dataset_rows_path
 from sublim_plugin.core.errors import InputError, RunError
+from sublim_plugin.core.hashing import sha256_text
 from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest, verify, write_manifest
 from sublim_plugin.core.traits import category_traits, get_trait
@@ -159,6 +160,47 @@ def score_probe(
             counts={"questions": result.results["n_questions"]},
             notes=result.results.get("notes", []),
         )
+
+
+def localize_student(
+    cell: Cell, folder: Path, *, base: Path, study: Study, student: Path, progress: bool
+) -> None:
+    """Localize a student's trait in one eval context (it resumes by itself; `localize.run`)."""
+    from sublim_plugin.localize.run import LocalizeSpec, localize_into
+
+    if (folder / MANIFEST_NAME).is_file():
+        return
+    started = time.time()
+    trained = verify(student)
+    found, files = localize_into(
+        base,
+        student,
+        LocalizeSpec(
+            trait=cell.spec["trait"],
+            context=Context.parse(cell.spec["eval_context"]),
+            questions=study.probes.questions,
+            kinds=cell.spec["parts"],
+            bands=cell.spec["bands"],
+            measures=cell.spec["measures"],
+        ),
+        folder,
+        progress=progress,
+    )
+    model = fingerprint(base)
+    write_manifest(
+        folder,
+        kind="localization",
+        id=cell.id,
+        label=cell.label,
+        spec=cell.spec,
+        inputs={"base_model": model, "student": {"id": trained.id}},
+        outputs=[path.relative_to(folder) for path in files],
+        started=started,
+        template={"sha256": model["template_sha256"], "date": DEFAULT_DATE},
+        rendered={"text": found.prompt, "sha256": sha256_text(found.prompt)},
+        counts={"questions": found.n_questions},
+        notes=found.notes,
+    )
 
 
 def require_chat_template(base: Path) -> None:

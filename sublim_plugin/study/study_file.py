@@ -15,6 +15,10 @@ from sublim_plugin.core.strict_yaml import load_model
 from sublim_plugin.core.traits import NEUTRAL, Trait, get_trait
 from sublim_plugin.decoding.sampler import Sampler
 
+Part = Literal["span", "token", "layers", "module", "cell"]
+PARTS: tuple[Part, ...] = ("span", "token", "layers", "module", "cell")
+"""What a localization sweeps over; as `localize.sweep.KINDS`, which leads to torch."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -73,6 +77,29 @@ class Probes(_Strict):
     contexts: Annotated[tuple[Context, ...], Field(min_length=1)]
 
 
+class Localizations(_Strict):
+    """Which of the study's students are localized (see `sublim localize`), and how.
+
+    `traits` are all that have a target, if none is named; questions are those of the probes.
+    """
+
+    traits: tuple[str, ...] = ()
+    lora_ranks: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    full: bool = False
+    contexts: Annotated[tuple[Context, ...], Field(min_length=1)]
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)] = PARTS
+    bands: Annotated[int, Field(ge=1)] | None = None
+    measures: Annotated[tuple[Literal["logprob", "sampled"], ...], Field(min_length=1)] = (
+        "logprob",
+    )
+
+    @model_validator(mode="after")
+    def _localizes_something(self) -> Self:
+        if not self.lora_ranks and not self.full:
+            raise ValueError("expected lora_ranks, full: true, or both")
+        return self
+
+
 class Study(_Strict):
     """A study file. `name` is a label: it names the run folder and enters no cell's id."""
 
@@ -82,6 +109,7 @@ class Study(_Strict):
     students: Annotated[tuple[StudentGroup, ...], Field(min_length=1)]
     training: Training
     probes: Probes
+    localizations: Localizations | None = None
     equivalence_margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Nats within which a difference counts as none; to be named before running. It enters no
     cell's id; without it the report claims no equivalence."""
@@ -102,12 +130,31 @@ class Study(_Strict):
                 raise ValueError("lora_ranks need training.lora_recipe")
             if group.full and not self.training.full_recipe:
                 raise ValueError("full: true needs training.full_recipe")
+        if self.localizations is not None:
+            self._check_localized(self.localizations)
         if len(categories) != 1:
             raise ValueError(
                 "datasets.traits need targets of exactly one category beside neutral, found"
                 f" {sorted(categories) or 'none'}"
             )
         return self
+
+    def _check_localized(self, asked: Localizations) -> None:
+        """Every student that is to be localized is one that the study trains."""
+        traits = asked.traits or tuple(t for t in self.datasets.traits if t != NEUTRAL)
+        for trait in traits:
+            if trait == NEUTRAL or trait not in self.datasets.traits:
+                raise ValueError(
+                    f"localizations.traits: '{trait}' is no trait with a target in datasets.traits"
+                )
+        trained = {rank for g in self.students for rank in g.lora_ranks if {*traits} & {*g.traits}}
+        if missing := sorted({*asked.lora_ranks} - trained):
+            raise ValueError(
+                f"localizations.lora_ranks: no student has rank {missing[0]}"
+                f" (there are {', '.join(map(str, sorted(trained))) or 'none'})"
+            )
+        if asked.full and not any(g.full and {*traits} & {*g.traits} for g in self.students):
+            raise ValueError("localizations.full: no student of these traits is fully finetuned")
 
     @property
     def targets(self) -> tuple[Trait, ...]:

@@ -1,7 +1,8 @@
 """A worker process: makes the given cells of one kind, loading the base model once.
 
-`python -P -m sublim_plugin.study.worker dataset|probe STUDY RUN_DIR ID…`; exits with the
-highest code of a failure. A cell's failure is written to its folder and does not stop the others.
+`python -P -m sublim_plugin.study.worker KIND STUDY RUN_DIR ID…`, where KIND is dataset, probe or
+localization; exits with the highest code of a failure. A cell's failure is written to its folder
+and does not stop the others.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.base_models import fingerprint, resolve
 from sublim_plugin.core.errors import BusyError, InputError, RunError, SublimError
 from sublim_plugin.study.cells import Cell, plan
-from sublim_plugin.study.stages import MODEL, make_dataset, score_probe
+from sublim_plugin.study.stages import MODEL, localize_student, make_dataset, score_probe
 from sublim_plugin.study.state import ERROR_NAME
 from sublim_plugin.study.study_file import Study, load_study
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     base = resolve(study.base_model)
     cells = {cell.id: cell for cell in plan(study, fingerprint(base))}
     chosen = [cells[cell_id] for cell_id in ids]
-    work = _datasets if kind == "dataset" else _probes
+    work = {"dataset": _datasets, "probe": _probes, "localization": _localizations}[kind]
     return work(chosen, cells, study, base, Path(run_dir))
 
 
@@ -94,6 +95,21 @@ def _probes(
                 progress=show,
             )
             codes.append(attempt(folder, work))
+    return max(codes, default=0)
+
+
+def _localizations(
+    chosen: Sequence[Cell], cells: dict[str, Cell], study: Study, base: Path, run_dir: Path
+) -> int:
+    show = sys.stderr.isatty()
+    codes = []
+    for cell in chosen:
+        folder = cell.folder(run_dir)
+        student = cells[cell.spec["student"]].folder(run_dir)
+        work = partial(
+            localize_student, cell, folder, base=base, study=study, student=student, progress=show
+        )
+        codes.append(attempt(folder, work))
     return max(codes, default=0)
 
 

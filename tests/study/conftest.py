@@ -52,6 +52,12 @@ probes:
   measures: [logprob]
   contexts: [template_default, none]
 """
+LOCALIZATIONS = """\
+localizations:
+  lora_ranks: [2]
+  contexts: [none]
+  parts: [span]
+"""
 
 
 class Ran(NamedTuple):
@@ -78,7 +84,8 @@ def write_study(
         questions = folder / "three.yaml"
         questions.write_text(QUESTIONS)
         study = folder / "tiny.yaml"
-        study.write_text(STUDY.format(base=base_model, questions=questions, full=str(full).lower()))
+        text = STUDY.format(base=base_model, questions=questions, full=str(full).lower())
+        study.write_text(text + (LOCALIZATIONS if full else ""))
         return study, questions
 
     return write

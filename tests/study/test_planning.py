@@ -79,6 +79,29 @@ def test_an_input_changes_what_depends_on_it_and_no_more(tmp_path: Path) -> None
     assert len(ids(rank) - ids(before)) == 1 + 3
 
 
+def test_localizations_are_cells_of_the_students_they_name(tmp_path: Path) -> None:
+    from sublim_plugin.localize.sweep import KINDS
+    from sublim_plugin.study.study_file import PARTS
+
+    assert PARTS == KINDS
+    before = edited(tmp_path)
+    asked = {"lora_ranks": [8], "full": True, "contexts": ["template_default", "none"]}
+    more = edited(tmp_path, localizations=asked)
+    places = [cell for cell in more if cell.kind == "localization"]
+    assert ids(before) == ids(more) - ids(places)
+    assert [cell.label for cell in places] == [
+        "cat g1 lora r8 t42 template_default", "cat g1 lora r8 t42 none",
+        "cat g1 full t42 template_default", "cat g1 full t42 none",
+    ]  # fmt: skip
+    for wrong, message in [
+        ({"lora_ranks": [3]}, "no student has rank 3 .there are 2, 8, 64"),
+        ({"lora_ranks": [8], "traits": ["neutral"]}, "'neutral' is no trait with a target"),
+        ({}, "expected lora_ranks, full: true, or both"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            edited(tmp_path, localizations={"contexts": ["none"]} | wrong)
+
+
 def test_train_contexts_are_cells_of_their_own(tmp_path: Path) -> None:
     before = edited(tmp_path)
     more = edited(tmp_path, training__contexts=["template_default", "empty", {"text": "Hi."}])

@@ -64,6 +64,23 @@ def test_the_receipts_say_what_was_trained_on(ran: Ran) -> None:
         assert receipt["first_row"]["loss_text"] in [text + "<|im_end|>" for text in completions]
 
 
+def test_a_localization_is_a_cell_and_stands_in_the_report(ran: Ran) -> None:
+    """On everywhere it is the student, as the probe of the same context scored it."""
+    (cell,) = cells(ran, "localization")
+    found = json.loads((Path(cell["folder"]) / "results.json").read_text())
+    (measured,) = found["measures"]
+    rows = next(
+        rows for name, rows in probes_of(ran.folder).items()
+        if "lora" in name and name.endswith("-none")
+    )  # fmt: skip
+    mean = sum(row["logprobs"]["cat"] for row in rows) / len(rows)
+    assert measured["student"]["value"] == pytest.approx(mean, abs=1e-4)
+    assert {part["kind"] for part in measured["parts"]} == {"span"}
+    report = Path(ran.printed["report"])
+    assert "Where it sits" in report.read_text()
+    assert list((report.parent / "localization").glob("*-strip.svg"))
+
+
 def test_a_second_run_makes_nothing_and_is_quick(ran: Ran) -> None:
     def stamps() -> dict[str, int]:
         return {str(p): p.stat().st_mtime_ns for p in ran.folder.rglob("manifest.json")}
