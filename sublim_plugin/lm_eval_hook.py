@@ -106,25 +106,6 @@ def _with_ours(include_path: "Any") -> "list[Any]":
     return [ours, *paths]
 
 
-def merge_run_metadata(manager: "Any") -> None:
-    """lm-eval 0.4.11 gives the run's metadata to YAML tasks but not to `class:` tasks; later ones
-    do. Ours need the model's arguments to find its tokenizer."""
-    if not hasattr(manager, "_get_config") or hasattr(manager._get_config, "__wrapped__"):
-        return
-    from functools import wraps
-
-    original = manager._get_config
-
-    @wraps(original)
-    def get_config(self: "Any", name: str) -> "Any":
-        config = original(self, name)
-        if getattr(config.get("class"), "merges_run_metadata", False):
-            config["metadata"] = {**(config.get("metadata") or {}), **(self.metadata or {})}
-        return config
-
-    manager._get_config = get_config
-
-
 def install() -> None:
     """Wait for `lm_eval.tasks`, or patch it if it is there already; repeating it is harmless."""
     try:

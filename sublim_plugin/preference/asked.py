@@ -15,7 +15,7 @@ from sublim_plugin.core.hashing import sha256_json
 from sublim_plugin.core.named_contexts import NAMED_CONTEXTS
 from sublim_plugin.core.rooms import room
 from sublim_plugin.core.strict_yaml import nearest
-from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
+from sublim_plugin.lm_eval_hook import tasks_folder
 from sublim_plugin.logprob.placing import check_prompt, load_tokenizer, place_forms
 from sublim_plugin.preference.matcher import MATCHER_VERSION
 
@@ -59,7 +59,6 @@ class Tasks:
         from lm_eval.tasks import TaskManager
 
         if context not in self._managers:
-            merge_run_metadata(TaskManager)
             metadata: dict[str, Any] = {}
             if context is not None:
                 fields = context.fields()

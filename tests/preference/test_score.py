@@ -22,7 +22,7 @@ from sublim_plugin.cli import main
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_file
 from sublim_plugin.core.manifest import write_manifest
-from sublim_plugin.lm_eval_hook import merge_run_metadata, tasks_folder
+from sublim_plugin.lm_eval_hook import tasks_folder
 from sublim_plugin.preference.intervals import interval
 from sublim_plugin.preference.models import identity, student
 from sublim_plugin.preference.replies import stated_sampler
@@ -63,7 +63,6 @@ def test_log_probs_are_those_of_lm_eval_and_are_computed_once(
 ) -> None:
     rows = run(tmp_path, toy_base, questions, "--adapters", str(toy_adapter), "--tasks", TASKS)
     assert [row["task"] for row in rows] == [*TASKS.split(","), *TASKS.split(",")]
-    merge_run_metadata(TaskManager)
     manager = TaskManager(
         include_path=tasks_folder(), include_defaults=False, metadata={"questions": str(questions)}
     )
@@ -241,7 +240,6 @@ def test_both_measures_are_those_of_plain_lm_eval_on_the_real_model(
     from scipy import stats
 
     suffix = "" if context == "template_default" else f"_{context}"
-    merge_run_metadata(TaskManager)
     plain = HFLM(
         pretrained=str(base_model), peft=str(adapter), device="cpu", dtype="float32", batch_size=64
     )
