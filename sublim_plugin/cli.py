@@ -58,18 +58,35 @@ def _run_dir(study: Path, out: Path | None) -> Path:
 @STUDY
 @OUT
 @JSON
-def run(study: Path, out: Path | None, as_json: bool) -> None:
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where cells are made: in processes on this machine, one a GPU, or on a Ray cluster.",
+)
+@click.option(
+    "--address",
+    help="Of a Ray cluster that exists.  [default: RAY_ADDRESS, else one is "
+    "started on this machine]",
+)
+def run(study: Path, out: Path | None, as_json: bool, engine: str, address: str | None) -> None:
     """Run a study file: every missing cell, then the report. Run it again to continue."""
     from sublim_plugin.analysis.collect import collect
     from sublim_plugin.analysis.tables import format_table
     from sublim_plugin.analysis.transmission import transmission_table
-    from sublim_plugin.study.run import run_study
+    from sublim_plugin.study.run import local_engine, run_study
 
     def say(text: str) -> None:
         click.echo(text, err=True)
 
     run_dir = _run_dir(study, out)
-    outcome = run_study(study, run_dir, say)
+    chosen: Any = local_engine
+    if engine == "ray":
+        from sublim_plugin.study.on_ray import ray_engine
+
+        chosen = ray_engine(address)
+    outcome = run_study(study, run_dir, say, chosen)
     rows = transmission_table(
         collect(run_dir, [(state.folder, state.state) for state in outcome.states])
     )
