@@ -10,7 +10,7 @@ SOURCES := $(shell find data_gen axolotl_configs lm_eval_tasks sublim_plugin -ty
 export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
 
-.PHONY: demo test test-slow test-vllm lint clean
+.PHONY: demo test test-slow test-chaos test-vllm lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sublim run studies/quickstart.yaml
@@ -21,6 +21,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m slow
+
+# Two hundred kills -9 at random, within half an hour.
+test-chaos: $(VENV)/.installed-dev
+	$(BIN)/pytest -m chaos -s tests/study
 
 # vLLM brings a torch and transformers of its own, so it lives in an environment of its own.
 test-vllm: $(VLLM)/.installed

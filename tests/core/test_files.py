@@ -20,7 +20,6 @@ from sublim_plugin.core.atomic import write_bytes, write_json, write_text
 from sublim_plugin.core.dataset import dataset_rows_path, read_rows
 from sublim_plugin.core.errors import BusyError, InputError, RunError
 from sublim_plugin.core.hashing import canonical_json, sha256_file, sha256_json
-from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.core.manifest import read_manifest, verify, write_manifest
 from sublim_plugin.core.rooms import room
 from sublim_plugin.core.traits import category_traits, get_trait
@@ -188,28 +187,6 @@ def test_rows_with_bom_crlf_blank_lines_and_no_final_newline_are_read(tmp_path: 
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}')
     assert read_rows(path) == [{"a": 1}, {"a": 2}]
-
-
-def test_the_lock_is_held_by_one_and_released_by_death(tmp_path: Path) -> None:
-    script = textwrap.dedent(
-        """
-        import sys, time
-        from pathlib import Path
-        from sublim_plugin.core.lock import cell_lock
-        with cell_lock(Path(sys.argv[1])):
-            print("held", flush=True)
-            time.sleep(60)
-        """
-    )
-    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
-    assert child.stdout is not None and child.stdout.readline() == b"held\n"
-    with pytest.raises(BusyError, match=f"pid {child.pid}") as caught, cell_lock(tmp_path):
-        pass
-    assert caught.value.exit_code == 75
-    child.kill()
-    child.wait()
-    with cell_lock(tmp_path):
-        pass
 
 
 def test_a_module_that_shadows_a_room_is_named(tmp_path: Path) -> None:
