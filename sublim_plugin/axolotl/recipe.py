@@ -34,6 +34,7 @@ OVERRIDES = (
     "micro_batch_size",
     "num_epochs",
     "optimizer",
+    "peft_use_rslora",
     "sequence_len",
     "warmup_steps",
     "weight_decay",
@@ -129,10 +130,12 @@ def write_axolotl_yaml(
     seed: int,
     overrides: Mapping[str, Any],
     context: Context | None = None,
+    block: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the YAML of one run to `out_path` and return what `resolve_recipe` does.
 
-    `seed` sets LoRA's initialization and the order of the rows.
+    `seed` sets LoRA's initialization and the order of the rows; `block` holds keys of the `sublim:`
+    block that belong to the run and not to the recipe, such as the model whose norm is matched.
 
     Raises:
         InputError: the recipe does not load, or an override is not allowed.
@@ -145,7 +148,7 @@ def write_axolotl_yaml(
     settings["output_dir"] = str(Path(output_dir).resolve())
     settings["dataset_prepared_path"] = str(_prepared(Path(output_dir).resolve()))
     settings["seed"] = seed
-    settings["sublim"] = (settings.get("sublim") or {}) | {"data_seed": seed}
+    settings["sublim"] = (settings.get("sublim") or {}) | {"data_seed": seed, **(block or {})}
     head = f"# Written by sublim from the recipe {recipe_path.parent.name}/{recipe_path.name}.\n"
     write_text(out_path, head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     return resolve_recipe(recipe_path, overrides, context)
