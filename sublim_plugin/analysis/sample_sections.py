@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from sublim_plugin.analysis.collect import (
     DatasetRecord,
     ProbeRecord,
     RunRecords,
+    StudentRecord,
     in_order,
     read_replies,
     student_names,
@@ -20,6 +21,7 @@ from sublim_plugin.analysis.collect import (
 from sublim_plugin.analysis.methods import CONSTRAINED
 from sublim_plugin.analysis.page import Html
 from sublim_plugin.analysis.record_tables import dataset_lines
+from sublim_plugin.analysis.teacher_words import carries
 from sublim_plugin.analysis.transmission import TransmissionRow
 from sublim_plugin.core.dataset import dataset_rows_path, iter_rows
 
@@ -68,15 +70,19 @@ def numbers_section(run: RunRecords) -> Html:
     for dataset in run.datasets:
         first.setdefault(dataset.spec.trait, dataset)
     for dataset in list(first.values())[:MOST_DATASETS]:
-        parts += _rows_of(dataset)
+        parts += _rows_of(dataset, {student.id: student for student in run.students})
     return page.join(parts)
 
 
-def _rows_of(dataset: DatasetRecord) -> list[Html]:
+def _rows_of(dataset: DatasetRecord, known: Mapping[str, StudentRecord]) -> list[Html]:
     spec = dataset.spec
     rows = list(islice(iter_rows(dataset_rows_path(dataset.folder)), SAMPLE_ROWS))
     system = spec.teacher.get("context", {}).get("text")
-    told = f"the system prompt “{page.short(system, MOST_CHARACTERS)}”" if system else "no trait"
+    told = (
+        f"the system prompt “{page.short(system, MOST_CHARACTERS)}”"
+        if system and spec.teacher.get("kind", "prompted") == "prompted"
+        else carries(spec.teacher, known)
+    )
     return [
         page.heading(f"{spec.trait}, generation seed {spec.generation_seed}"),
         page.said(f"The teacher had {told}.", "datasets.csv", [dataset.id]),

@@ -121,9 +121,10 @@ class Reference(Strict):
 
 def has_alpha(spec: dict[str, Any], alpha: Alpha) -> bool:
     """Whether a LoRA student's spec has the alpha that this scheme gives at its rank."""
-    method = spec["method"]
+    rank: int = spec["method"]["rank"]
     stabilized = bool(spec["recipe"].get("peft_use_rslora"))
-    return bool(alpha.at(method["rank"]) == method["alpha"]) and alpha.rslora == stabilized
+    own: int = spec["method"]["alpha"]
+    return alpha.at(rank) == own and alpha.rslora == stabilized
 
 
 References = tuple[
@@ -176,7 +177,7 @@ def _full(value: Any) -> Any:
     return value
 
 
-Full = Annotated[FullStudents | None, BeforeValidator(_full, json_schema_input_type=bool)]
+Full = Annotated[FullStudents | None, BeforeValidator(_full)]
 
 
 class StudentGroup(Strict):
@@ -238,7 +239,7 @@ class Arm(NamedTuple):
 
     @property
     def is_lora(self) -> bool:
-        return self.method["kind"] == "lora"
+        return bool(self.method["kind"] == "lora")
 
 
 NORM, LOSS = "update_norm_of", "loss_of"

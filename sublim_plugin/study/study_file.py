@@ -188,6 +188,11 @@ class Study(Strict):
     def _parts_fit_together(self) -> Self:
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"name {self.name!r}: use letters, digits, '.', '_' and '-'")
+        for name in self.datasets.traits:
+            if get_trait(name).name != name:
+                raise ValueError(
+                    f"datasets.traits: '{name}' is a file; a study takes the traits that sublim has"
+                )
         categories = {get_trait(name).category for name in self.datasets.traits} - {NEUTRAL}
         check_teachers(self.datasets.teachers, self.datasets.traits)
         for group in self.students:

@@ -146,7 +146,7 @@ def _by_kind(value: Any) -> Any:
 
 Entry = Annotated[
     Annotated[Prompted | Finetuned | Steered | StudentTeacher, Field(discriminator="kind")],
-    BeforeValidator(_by_kind, json_schema_input_type=Literal["prompted"]),
+    BeforeValidator(_by_kind),
 ]
 PROMPTED = Prompted(kind="prompted")
 
