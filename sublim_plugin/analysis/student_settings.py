@@ -239,6 +239,13 @@ def _teachers(
 
     for student in students:
         describe(student)
+    words: dict[str, set[str]] = {}
+    for own in found.values():
+        if own:
+            words.setdefault(own[STUDENT].split(",")[0], set()).add(own[STUDENT])
+    for own in found.values():
+        if own and len(words[own[STUDENT].split(",")[0]]) == 1:
+            own[STUDENT] = own[STUDENT].split(",")[0]  # its settings are in the hash
     return {student: own for student, own in found.items() if own}
 
 

@@ -41,7 +41,7 @@ def in_words(fields: Mapping[str, Any]) -> str:
     """The teacher in a student's flat fields (see `student_settings`), short."""
     kind = fields.get("dataset.teacher.kind", "prompted")
     if STUDENT in fields and "dataset.generation" in fields:
-        return f"taught by a {fields[STUDENT]} student, generation {fields['dataset.generation']}"
+        return f"teacher {fields[STUDENT]}, generation {fields['dataset.generation']}"
     if kind == "steered":
         layers, strength = (fields.get(f"dataset.teacher.{k}") for k in ("layers", "strength"))
         return f"steered teacher, layers {layers}, strength {strength}"
