@@ -78,17 +78,22 @@ def recipe_path(model: str, name: str) -> Path:
 
 
 def resolve_recipe(
-    recipe: Path, overrides: Mapping[str, Any], context: Context | None = None
+    recipe: Path,
+    overrides: Mapping[str, Any],
+    context: Context | None = None,
+    *,
+    loaded: Any = None,
 ) -> dict[str, Any]:
     """The recipe's settings with `overrides`, without what belongs to a run (paths, seeds).
 
     `lora_alpha` follows an overridden `lora_r` unless it is overridden too: the paper's
-    alpha = rank (arXiv 2606.00831). `context` takes the place of the recipe's train context.
+    alpha = rank (arXiv 2606.00831). `context` takes the place of the recipe's train context;
+    `loaded` is the file's content, where it was read before.
 
     Raises:
         InputError: the recipe does not load, or an override is not allowed.
     """
-    settings = _with_overrides(recipe, overrides, context)
+    settings = _with_overrides(recipe, overrides, context, loaded)
     kept = {key: value for key, value in settings.items() if key not in _OF_THE_RUN}
     if isinstance(kept.get("sublim"), dict):
         kept["sublim"] = {k: v for k, v in kept["sublim"].items() if k != "data_seed"}
@@ -97,9 +102,9 @@ def resolve_recipe(
 
 
 def _with_overrides(
-    recipe: Path, overrides: Mapping[str, Any], context: Context | None
+    recipe: Path, overrides: Mapping[str, Any], context: Context | None, loaded: Any = None
 ) -> dict[str, Any]:
-    settings = load_yaml(recipe)
+    settings = load_yaml(recipe) if loaded is None else loaded
     if not isinstance(settings, dict) or not settings.get("datasets"):
         raise InputError(f"{recipe}: expected a mapping of axolotl settings with `datasets`.")
     for key in overrides:

@@ -13,6 +13,7 @@ from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import canonical_json, sha256_json, sha256_text
 from sublim_plugin.core.rooms import room
+from sublim_plugin.core.strict_yaml import load_yaml
 from sublim_plugin.core.traits import Trait, category_traits, get_trait
 from sublim_plugin.study.methods import Arm, arms, overrides_of
 from sublim_plugin.study.selecting import selected
@@ -95,7 +96,7 @@ class _Grid:
         self.teachers: dict[str, tuple[str, ...]] = {}
         self._texts: dict[int, tuple[Any, str]] = {}
         self._recipes: dict[Any, dict[str, Any]] = {}
-        self._rates: dict[str, Any] = {}
+        self._known: dict[str, Any] = {}
         self._fields: dict[Context, dict[str, str]] = {}
 
     def cell(
@@ -273,7 +274,8 @@ class _Grid:
         key = (recipe, tuple(sorted(overrides.items())), context)
         if key not in self._recipes:
             path = recipe_path(*_recipe_name(recipe))
-            self._recipes[key] = resolve_recipe(path, overrides, context)
+            loaded = self._shared(str(path), lambda: load_yaml(path))
+            self._recipes[key] = resolve_recipe(path, overrides, context, loaded=loaded)
         return self._recipes[key]
 
     def _named(self, recipe: str, arm: Arm, settings: dict[str, Any]) -> str:
@@ -292,9 +294,9 @@ class _Grid:
         return f"lora r{rank}{own_alpha}{own_rate}"
 
     def _shared(self, key: str, make: Any) -> Any:
-        if key not in self._rates:
-            self._rates[key] = make()
-        return self._rates[key]
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
 
 def _no_teacher(chain: StudentTeacher, name: str, trait: str, fit: list[Cell]) -> str:
