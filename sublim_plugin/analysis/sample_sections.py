@@ -13,6 +13,7 @@ from sublim_plugin.analysis.collect import (
     DatasetRecord,
     ProbeRecord,
     RunRecords,
+    SampledRecord,
     StudentRecord,
     in_order,
     read_replies,
@@ -100,7 +101,8 @@ def _rows_of(dataset: DatasetRecord, known: Mapping[str, StudentRecord]) -> list
 
 def answers_section(run: RunRecords, rows: Sequence[TransmissionRow]) -> Html:
     """Most probable candidates for the first questions, base beside one student and its control."""
-    if not run.probes:
+    asked: tuple[ProbeRecord | SampledRecord, ...] = (*run.probes, *run.sampled)
+    if not asked:
         return page.paragraph("No model has been asked.")
     shown = _shown_student(run)
     control = _control_of(rows, shown)
@@ -115,7 +117,7 @@ def answers_section(run: RunRecords, rows: Sequence[TransmissionRow]) -> Html:
             "neutral student: a fixed rule, not a choice by result."
         )
     ]
-    contexts = list(dict.fromkeys(probe.spec.eval_context.slug for probe in run.probes))
+    contexts = list(dict.fromkeys(probe.spec.eval_context.slug for probe in asked))
     replies: list[Html] = []
     for context in contexts[:MOST_CONTEXTS]:
         here = [probe for probe in run.probes if probe.spec.eval_context.slug == context]
@@ -164,7 +166,8 @@ def _replies(name: str, context: str, folder: Path) -> Html:
 def prompts_section(run: RunRecords) -> Html:
     """One rendered prompt per base model and eval context."""
     examples: dict[tuple[str, str], str] = {}
-    for probe in run.probes:
+    asked: tuple[ProbeRecord | SampledRecord, ...] = (*run.probes, *run.sampled)
+    for probe in asked:
         text = probe.results.rendered_example.get("text")
         if isinstance(text, str):
             key = (probe.spec.base_model.name, probe.spec.eval_context.slug)

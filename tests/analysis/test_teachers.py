@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sublim_plugin.analysis.collect import collect
+from sublim_plugin.analysis.collect import collect, student_names
 from sublim_plugin.analysis.report import write_report
 from sublim_plugin.analysis.transmission import transmission_table
 from tests.analysis.synthetic_run import SyntheticRun
@@ -68,3 +68,35 @@ def test_no_two_kinds_of_teacher_are_pooled(tmp_path: Path) -> None:
         run.probe(run.student(dataset, "animals/cat", 8, seed), "none")
     rows = [row for row in transmission_table(collect(run.root)) if row.role == "student"]
     assert len({row.condition for row in rows}) == 3
+
+
+def test_sampled_replies_are_shown_without_log_probabilities(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path)
+    student = run.student(run.dataset("animals/cat"), "animals/cat", 8)
+    run.sampled(None, "none", 0.02)
+    run.sampled(student, "none", 0.31)
+    page = write_report(run.root, study_name="sampled", cells=run.cells).read_text()
+    assert "31.0%" in page and "2.0%" in page and "sampled.csv" in page
+
+
+def test_students_have_names_of_their_own(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path)
+    dataset = run.dataset("animals/cat")
+    lora = run.student(dataset, "animals/cat", 8)
+    ids = [
+        run.student(dataset, "animals/cat", 8, alpha=16),
+        run.student(dataset, "animals/cat", None),
+        run.student(dataset, "animals/cat", None, matched={"update_norm_of": lora}),
+        run.student(dataset, "animals/cat", None, matched={"loss_of": lora}),
+        run.student(dataset, "animals/cat", 4),
+    ]
+    names = student_names(collect(run.root))
+    full = "animals/cat full, learning rate 2e-05"
+    assert [names[one] for one in (lora, *ids)] == [
+        "animals/cat LoRA r=8, learning rate 0.0002",
+        "animals/cat LoRA r=8, alpha 16, learning rate 0.0002",
+        full,
+        f"{full}, matched to the update norm of {lora}",
+        f"{full}, matched to the loss of {lora}",
+        "animals/cat LoRA r=4",
+    ]
