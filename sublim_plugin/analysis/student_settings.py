@@ -73,7 +73,8 @@ class Settings:
     belongs to, "" for full finetuning. `condition` hashes all but seeds, trait and teacher: a
     neutral student that shares it, and the seeds, is the control. `teacher` hashes the teacher, a
     student of the study by what it is and not by its id. `name` says in words what sets it
-    apart from the others of its trait; `step_size` is learning rate times scaling, None if unknown
+    apart from the others of its trait, `teacher_name` the teacher, where they have several kinds;
+    `step_size` is learning rate times scaling, None if unknown
     or in full finetuning.
     """
 
@@ -84,6 +85,7 @@ class Settings:
     condition: str
     teacher: str
     name: str
+    teacher_name: str
     step_size: float | None
 
 
@@ -126,6 +128,7 @@ def settings_of(run: RunRecords) -> dict[str, Settings]:
             condition=_hash(condition, without_teacher=True),
             teacher=_hash({k: v for k, v in own.items() if k.startswith("dataset.teacher.")}),
             name=_name(student, own, varying[student.spec.trait, method.kind]),
+            teacher_name=_teacher_name(own, varying[student.spec.trait, method.kind]),
             step_size=_step_size(student, stabilized),
         )
     return found
@@ -314,14 +317,20 @@ def _name(student: StudentRecord, fields: Mapping[str, Any], varying: Iterable[s
     keys = list(varying)
     if student.spec.method.kind == "full" and "recipe.learning_rate" in fields:
         keys = ["recipe.learning_rate", *(key for key in keys if key != "recipe.learning_rate")]
-    if "dataset.teacher.kind" in keys or STUDENT in keys:
+    if teacher := _teacher_name(fields, keys):
         keys = [key for key in keys if not key.startswith(("dataset.teacher.", "dataset.gen"))]
-        name += f", {in_words(fields)}"
+        name += f", {teacher}"
     matched = [key for key in keys if key in _MATCHED]
     if matched and all(fields.get(key) is None for key in matched):
         name += ", not matched"
     keys = [key for key in keys if key not in matched or fields.get(key) is not None]
     return ", ".join([name, *(_words(key, fields.get(key)) for key in keys)])
+
+
+def _teacher_name(fields: Mapping[str, Any], varying: Iterable[str]) -> str:
+    """The teacher in words, where students have teachers of several kinds."""
+    several = {"dataset.teacher.kind", STUDENT} & {*varying}
+    return in_words(fields) if several else ""
 
 
 def _words(key: str, value: Any) -> str:
