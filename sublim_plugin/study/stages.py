@@ -123,8 +123,7 @@ def train_student(
 
 def _stop_where(cell: Cell, cells: Path) -> dict[str, Any]:
     """Keys of the `sublim:` block by which a matched student ends where the other one ended."""
-    from sublim_plugin.axolotl.receipt import read_receipt
-    from sublim_plugin.axolotl.stopping import LOSS_WINDOW
+    from sublim_plugin.axolotl.receipt import LOSS_WINDOW, read_receipt
 
     matched = cell.spec.get("matched")
     if matched is None:
