@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,3 +117,22 @@ def test_the_schema_takes_what_the_loader_takes(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(value))
     assert list(validator().iter_errors(value)) == []
     assert plan(load_study(path), {"name": "x", "sha256": "y"})
+
+
+def test_the_examples_of_the_documentation_are_a_study() -> None:
+    """Every key of every part but those of an entry of include or exclude."""
+    from sublim_plugin.study.study_file import Study
+
+    text = (STUDIES.parent / "docs" / "study.md").read_text()
+    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, flags=re.MULTILINE)
+    value: dict[str, Any] = {}
+    for block in blocks:
+        value |= yaml.safe_load(textwrap.dedent(block)) or {}
+    value["datasets"]["teachers"] = value.pop("teachers")
+    assert list(validator().iter_errors(value)) == []
+    Study.model_validate(value)
+    assert {*value} == {*Study.model_fields}
+    for part in ("datasets", "training", "probes", "localizations"):
+        model = Study.model_fields[part].annotation
+        names = getattr(model, "model_fields", None) or model.__args__[0].model_fields
+        assert {*value[part]} == {*names}
