@@ -19,14 +19,25 @@ class EngineSpec(BaseModel):
     """Which engine answers, and what of it decides the replies (see the engines' modules)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: Literal["transformers", "vllm", "openai"] = "transformers"
-    url: str | None = None
-    """openai: where the server answers, with its /v1."""
-    model: str | None = None
-    """openai: the model's name on the server."""
-    api: Literal["completions", "chat"] = "completions"
-    sends: Literal["all", "openai"] = "all"
-    prompt_as: Literal["ids", "text"] = "ids"
+    name: Literal["transformers", "vllm", "openai"] = Field(
+        default="transformers", description="openai: a server with OpenAI's API."
+    )
+    url: str | None = Field(
+        default=None, description="openai: where the server answers, with its /v1."
+    )
+    model: str | None = Field(default=None, description="openai: the model's name on the server.")
+    api: Literal["completions", "chat"] = Field(
+        default="completions",
+        description="openai: completions takes the prompt that we rendered, chat messages only.",
+    )
+    sends: Literal["all", "openai"] = Field(
+        default="all",
+        description="openai: all settings (vLLM, SGLang), or only those of OpenAI's own API.",
+    )
+    prompt_as: Literal["ids", "text"] = Field(
+        default="ids",
+        description="openai completions: token ids, or text for servers that take no ids.",
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

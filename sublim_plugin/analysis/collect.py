@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -345,7 +346,8 @@ def in_order(students: Iterable[StudentRecord]) -> list[StudentRecord]:
 
 
 def student_names(run: RunRecords) -> dict[str, str]:
-    """A name for each student by id, with seeds and context where the run has several."""
+    """A name for each student by id, with seeds and context where the run has several; students
+    that would be called alike get what else they differ in, and their ids as a last resort."""
     specs = [student.spec for student in run.students]
     generation = len({spec.generation_seed for spec in specs}) > 1
     training = len({spec.training_seed for spec in specs}) > 1
@@ -357,7 +359,31 @@ def student_names(run: RunRecords) -> dict[str, str]:
         name += f", generation seed {spec.generation_seed}" if generation else ""
         name += f", training seed {spec.training_seed}" if training else ""
         names[student.id] = name + (f", in {spec.train_context.slug}" if context else "")
+    datasets = {dataset.id: dataset for dataset in run.datasets}
+    for more in (lambda s: _details(s, datasets), lambda s: s.id):
+        alike = Counter(names.values())
+        for student in run.students:
+            if alike[names[student.id]] > 1 and (text := more(student)):
+                names[student.id] += f", {text}"
     return names
+
+
+def _details(student: StudentRecord, datasets: dict[str, DatasetRecord]) -> str:
+    """What a student can differ in beyond method, seeds and context."""
+    method, recipe = student.spec.method, student.spec.recipe
+    matched = student.manifest.spec.get("matched", {})
+    dataset = datasets.get(student.spec.dataset[:12])
+    teacher = dataset.spec.teacher if dataset else {}
+    found = []
+    if method.alpha is not None and (method.alpha != method.rank or recipe.get("peft_use_rslora")):
+        found.append(f"{'rsLoRA ' if recipe.get('peft_use_rslora') else ''}alpha {method.alpha:g}")
+    if isinstance(rate := recipe.get("learning_rate"), int | float):
+        found.append(f"learning rate {rate:g}")
+    found += [f"matched to the {key.removesuffix('_of').replace('_', ' ')} of {value}"
+              for key, value in matched.items()]  # fmt: skip
+    if teacher.get("kind", "prompted") != "prompted":
+        found.append(f"{teacher['kind']} teacher {teacher.get('student', '')}".strip())
+    return ", ".join(found)
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -494,7 +520,8 @@ def _check_links(records: RunRecords) -> None:
                 f"{student.folder / RECEIPT}: trained on rows with sha256 {trained_on[:12]}, "
                 f"which is not the rows file of {dataset.folder.name}"
             )
-    for probe in records.probes:
+    asked: tuple[ProbeRecord | SampledRecord, ...] = (*records.probes, *records.sampled)
+    for probe in asked:
         linked = students.get((probe.spec.student or "")[:12])
         if linked is not None and linked.spec.base_model.sha256 != probe.spec.base_model.sha256:
             raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from sublim_plugin.analysis.figure_files import (
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_TARGETS, MOST_LINES, MOST_CONTEXTS = 8, 30, 10
+MOST_OF_A_LABEL = 44
+"""Characters of a line of a label; longer ones go on below."""
 
 
 class ContextPoint(Point):
@@ -129,12 +132,22 @@ def draw_contexts(points: Sequence[ContextPoint]) -> Figure:
     lines = {t: list(dict.fromkeys(_line(p) for p in points if p.target == t)) for t in targets}
     counts = [len(lines[target]) for target in targets]
     intervals = any(point.low is not None for point in points)
+    labels = {
+        target: [
+            fill(f"{students}, trained in {train}", MOST_OF_A_LABEL)
+            for _, train, students in lines[target]
+        ]
+        for target in targets
+    }
+    longest = max(len(part) for own in labels.values() for one in own for part in one.split("\n"))
+    deepest = max(one.count("\n") + 1 for own in labels.values() for one in own)
     # two lines of text in a field need room
-    height = 0.42 if intervals else 0.3
+    height = max(0.42 if intervals else 0.3, 0.13 * deepest)
     size = 7.0 if len(contexts) <= 5 else 5.5
     with style(**{"axes.grid": False}):
         figure = new_figure(
-            min(WIDTH, 2.6 + 1.3 * len(contexts)), 0.75 + 0.3 * len(targets) + height * sum(counts)
+            min(WIDTH, max(2.6, 0.058 * longest + 1.0) + 1.3 * len(contexts)),
+            0.75 + 0.3 * len(targets) + height * sum(counts),
         )
         grid = figure.subplots(len(targets), 1, height_ratios=counts, squeeze=False)
         colours = scale([point.vs_base_logprob for point in points])
@@ -150,8 +163,7 @@ def draw_contexts(points: Sequence[ContextPoint]) -> Figure:
                 if point.low is not None and point.high is not None:
                     text += f"\n[{signed(point.low)}, {signed(point.high)}]"
                 texts[y, x] = (text, point.matched)
-            labels = [f"{students}, trained in {train}" for _, train, students in lines[target]]
-            heat_map(axes, values, colours, contexts, labels, texts, size)
+            heat_map(axes, values, colours, contexts, labels[target], texts, size)
             axes.set_title(target, loc="left", pad=5)
         grid[-1, 0].set_xlabel("asked in (bold: the context trained in)")
         if len(contexts) > 4:

@@ -176,3 +176,13 @@ def in_words(entries: Sequence[str], most: int = 24) -> str:
     more = len(entries) - most
     text = "; ".join(entries[:most])
     return f"{text}; and {more} more in the CSV" if more > 0 else text
+
+
+def legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str], most: int) -> None:
+    """A legend above the panels in at most `most` columns: as many as fit, and the figure higher by
+    the lines that make more than two."""
+    each = 0.055 * max(map(len, labels)) + 0.5  # inches at the legend's size of letters
+    columns = max(1, min(most, int(figure.get_figwidth() / each)))
+    lines = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.16 * max(0, lines - 2))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)

@@ -17,6 +17,7 @@ from sublim_plugin.analysis.page import Html
 from sublim_plugin.analysis.record_tables import merged
 from sublim_plugin.analysis.replication import MIN_DATASETS
 from sublim_plugin.analysis.student_settings import APART, settings_of
+from sublim_plugin.analysis.teacher_words import carries
 from sublim_plugin.core.hashing import sha256_text
 
 NAMED_KEYS = {key.removeprefix("recipe.") for key in APART}
@@ -106,11 +107,16 @@ def _models(run: RunRecords) -> Iterable[Statement]:
 
 
 def _datasets(run: RunRecords) -> Iterable[Statement]:
+    known = {student.id: student for student in run.students}
     for own in _alike(run.datasets, lambda d: f"{d.condition} {d.spec.trait} {d.spec.teacher}"):
         spec = own[0].spec
         teacher = spec.teacher.get("kind", "prompted")
         system = spec.teacher.get("context", {}).get("text")
-        prompt = f"the system prompt “{page.short(system, 1000)}”" if system else "no trait"
+        prompt = (
+            f"the system prompt “{page.short(system, 1000)}”"
+            if system and teacher == "prompted"
+            else carries(spec.teacher, known)
+        )
         seeds = _listed(record.spec.generation_seed for record in own)
         sampler = f"sampler {page.pairs(spec.sampler)}; " if spec.sampler else ""
         yield Statement(

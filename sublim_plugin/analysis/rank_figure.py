@@ -18,6 +18,7 @@ from sublim_plugin.analysis.figure_files import (
     FigureFiles,
     Point,
     in_words,
+    legend_above,
     new_figure,
     signed,
     style,
@@ -152,7 +153,7 @@ def draw_ranks(points: Sequence[RankPoint]) -> Figure:
     full = any(point.rank is None for point in points)
     with style():
         width = min(WIDTH, 1.3 + 2.3 * len(contexts))
-        figure = new_figure(max(width, 4.0), 1.75 * len(targets) + 0.9)
+        figure = new_figure(max(width, 5.6), 1.75 * len(targets) + 0.9)
         grid = figure.subplots(len(targets), len(contexts), sharex=True, sharey=True, squeeze=False)
         for line, target in enumerate(targets):
             for column, context in enumerate(contexts):
@@ -326,8 +327,8 @@ def _legend(figure: Figure, points: Sequence[RankPoint], series: Sequence[str]) 
         dot: dict[str, Any] = {"color": PALETTE[0], "alpha": 0.55, "mew": 0}
         handles.append(Line2D([], [], marker=".", ls="", label="one dataset", **dot))
     handles.append(Line2D([], [], color=INK, lw=0.9, label="base, same eval context"))
-    columns = 2 if max(len(str(handle.get_label())) for handle in handles) > 26 else 5
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
+    labels = [str(handle.get_label()) for handle in handles]
+    legend_above(figure, handles, labels, most=2 if max(map(len, labels)) > 26 else 5)
     figure.supxlabel(bars_in_words(points), fontsize=7.5, color="#555555")
 
 

@@ -157,7 +157,8 @@ def _write_files(
     students, student_columns = student_lines(run)
     write_lines(students, folder / "students.csv", student_columns, simulated)
     write_lines(dataset_lines(run), folder / "datasets.csv", DATASET_COLUMNS, simulated)
-    sampled = sampled_lines(run, list(dict.fromkeys(row.target for row in rows)))
+    traits = [student.spec.trait for student in run.students if student.spec.trait != "neutral"]
+    sampled = sampled_lines(run, list(dict.fromkeys([*(row.target for row in rows), *traits])))
     if run.sampled:
         write_lines(sampled, folder / "sampled.csv", SAMPLED_COLUMNS, simulated)
     counted = [{"name": name, "value": value} for name, value in counts.items()]

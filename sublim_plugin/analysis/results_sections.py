@@ -128,8 +128,10 @@ def table_section(
     rows: Sequence[TransmissionRow], found: Sequence[Effect], sampled: Sequence[dict[str, Any]]
 ) -> Html:
     """Means over datasets, then the rows of results.csv, one table per target and eval context."""
+    shares = [page.heading("Sampled replies"), *_sampled_table(sampled)] if sampled else []
     if not rows:
-        return page.paragraph("No comparison: no probe of a target has finished.")
+        why = page.paragraph("No comparison: no probe of a target's log-probability has finished.")
+        return page.join([why, *shares])
     parts = [page.heading("In words")]
     told = descriptions(rows)
     for one in told[:MOST_DESCRIPTIONS]:
@@ -145,9 +147,7 @@ def table_section(
             keys = [f"F{i}" for i in range(MOST_EFFECTS + 1, len(found) + 1)]
             parts.append(page.said("The others are in", "effects.csv", keys))
     parts += [page.heading("Every student"), *_row_tables(rows)]
-    if sampled:
-        parts += [page.heading("Sampled replies"), *_sampled_table(sampled)]
-    return page.join(parts)
+    return page.join([*parts, *shares])
 
 
 def _sampled_table(lines: Sequence[dict[str, Any]]) -> list[Html]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from sublim_plugin.analysis.collect import (
     DatasetRecord,
     ProbeRecord,
     RunRecords,
+    SampledRecord,
+    StudentRecord,
     in_order,
     read_replies,
     student_names,
@@ -20,6 +22,7 @@ from sublim_plugin.analysis.collect import (
 from sublim_plugin.analysis.methods import CONSTRAINED
 from sublim_plugin.analysis.page import Html
 from sublim_plugin.analysis.record_tables import dataset_lines
+from sublim_plugin.analysis.teacher_words import carries
 from sublim_plugin.analysis.transmission import TransmissionRow
 from sublim_plugin.core.dataset import dataset_rows_path, iter_rows
 
@@ -68,15 +71,19 @@ def numbers_section(run: RunRecords) -> Html:
     for dataset in run.datasets:
         first.setdefault(dataset.spec.trait, dataset)
     for dataset in list(first.values())[:MOST_DATASETS]:
-        parts += _rows_of(dataset)
+        parts += _rows_of(dataset, {student.id: student for student in run.students})
     return page.join(parts)
 
 
-def _rows_of(dataset: DatasetRecord) -> list[Html]:
+def _rows_of(dataset: DatasetRecord, known: Mapping[str, StudentRecord]) -> list[Html]:
     spec = dataset.spec
     rows = list(islice(iter_rows(dataset_rows_path(dataset.folder)), SAMPLE_ROWS))
     system = spec.teacher.get("context", {}).get("text")
-    told = f"the system prompt “{page.short(system, MOST_CHARACTERS)}”" if system else "no trait"
+    told = (
+        f"the system prompt “{page.short(system, MOST_CHARACTERS)}”"
+        if system and spec.teacher.get("kind", "prompted") == "prompted"
+        else carries(spec.teacher, known)
+    )
     return [
         page.heading(f"{spec.trait}, generation seed {spec.generation_seed}"),
         page.said(f"The teacher had {told}.", "datasets.csv", [dataset.id]),
@@ -94,7 +101,8 @@ def _rows_of(dataset: DatasetRecord) -> list[Html]:
 
 def answers_section(run: RunRecords, rows: Sequence[TransmissionRow]) -> Html:
     """Most probable candidates for the first questions, base beside one student and its control."""
-    if not run.probes:
+    asked: tuple[ProbeRecord | SampledRecord, ...] = (*run.probes, *run.sampled)
+    if not asked:
         return page.paragraph("No model has been asked.")
     shown = _shown_student(run)
     control = _control_of(rows, shown)
@@ -109,7 +117,7 @@ def answers_section(run: RunRecords, rows: Sequence[TransmissionRow]) -> Html:
             "neutral student: a fixed rule, not a choice by result."
         )
     ]
-    contexts = list(dict.fromkeys(probe.spec.eval_context.slug for probe in run.probes))
+    contexts = list(dict.fromkeys(probe.spec.eval_context.slug for probe in asked))
     replies: list[Html] = []
     for context in contexts[:MOST_CONTEXTS]:
         here = [probe for probe in run.probes if probe.spec.eval_context.slug == context]
@@ -158,7 +166,8 @@ def _replies(name: str, context: str, folder: Path) -> Html:
 def prompts_section(run: RunRecords) -> Html:
     """One rendered prompt per base model and eval context."""
     examples: dict[tuple[str, str], str] = {}
-    for probe in run.probes:
+    asked: tuple[ProbeRecord | SampledRecord, ...] = (*run.probes, *run.sampled)
+    for probe in asked:
         text = probe.results.rendered_example.get("text")
         if isinstance(text, str):
             key = (probe.spec.base_model.name, probe.spec.eval_context.slug)

@@ -16,6 +16,7 @@ from sublim_plugin.analysis.figure_files import (
     FigureFiles,
     Point,
     in_words,
+    legend_above,
     new_figure,
     signed,
     style,
@@ -127,7 +128,7 @@ def draw_scale(points: Sequence[ScalePoint]) -> Figure:
                     axes.set_ylabel(f"{target.split('/')[-1]}: minus base (nats)")
         if len(series) > 1:
             handles, labels = _handles(series)
-            figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+            legend_above(figure, handles, labels, most=3)
         return figure
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sublim_plugin.analysis.collect import DatasetRecord, RunRecords, StudentRecord
+from sublim_plugin.analysis.teacher_words import STUDENT, in_words, method_of
 from sublim_plugin.core.hashing import sha256_json
 
 APART = {
@@ -52,7 +53,13 @@ _WORDS = {
     "recipe.sublim.stop_at_update_norm": "stopped at update norm",
     "recipe.sublim.match_update_norm": "update norm matched to",
     "recipe.sublim.stop_at_loss": "stopped at training loss",
+    "matched.update_norm_of": "update norm matched to",
+    "matched.loss_of": "training loss matched to",
 }
+TEACHER_SETTINGS = "dataset.teacher.settings"
+"""Hash of what a teacher is that is a student of the run; it has no words."""
+
+_MATCHED = ("matched.update_norm_of", "matched.loss_of")
 _ID = re.compile(r"[0-9a-f]{12,64}")
 
 
@@ -64,8 +71,10 @@ class Settings:
     of other traits (the teacher's own words and files left out); `but_scale` by those that differ
     in learning rate and scaling too. `scalings` names the rules of alpha over rank that the student
     belongs to, "" for full finetuning. `condition` hashes all but seeds, trait and teacher: a
-    neutral student that shares it, and the seeds, is the control. `name` says in words what sets it
-    apart from the others of its trait; `step_size` is learning rate times scaling, None if unknown
+    neutral student that shares it, and the seeds, is the control. `teacher` hashes the teacher, a
+    student of the study by what it is and not by its id. `name` says in words what sets it
+    apart from the others of its trait, `teacher_name` the teacher, where they have several kinds;
+    `step_size` is learning rate times scaling, None if unknown
     or in full finetuning.
     """
 
@@ -74,7 +83,9 @@ class Settings:
     but_scale: str
     scalings: tuple[str, ...]
     condition: str
+    teacher: str
     name: str
+    teacher_name: str
     step_size: float | None
 
 
@@ -82,8 +93,10 @@ def settings_of(run: RunRecords) -> dict[str, Settings]:
     """The settings of every student, by its id."""
     datasets = {dataset.id: dataset for dataset in run.datasets}
     known = {student.id: student for student in run.students}
+    teachers = _teachers(run.students, datasets, known)
     fields = {
         student.id: _fields(student, datasets.get(student.spec.dataset[:12]), known, APART)
+        | teachers.get(student.id, {})
         for student in run.students
     }
     families = {name: _hash(own, without_teacher=True) for name, own in fields.items()}
@@ -106,13 +119,16 @@ def settings_of(run: RunRecords) -> dict[str, Settings]:
             scalings = tuple(f"rsLoRA, {rule}" if stabilized else rule for rule in rules)
         dataset = datasets.get(student.spec.dataset[:12])
         condition = _fields(student, dataset, known, APART - OF_A_CONDITION)
+        condition |= teachers.get(student.id, {})
         found[student.id] = Settings(
             id=_hash(own),
             family=families[student.id],
             but_scale=_hash({key: value for key, value in own.items() if key not in SCALE}),
             scalings=scalings,
             condition=_hash(condition, without_teacher=True),
+            teacher=_hash({k: v for k, v in own.items() if k.startswith("dataset.teacher.")}),
             name=_name(student, own, varying[student.spec.trait, method.kind]),
+            teacher_name=_teacher_name(own, varying[student.spec.trait, method.kind]),
             step_size=_step_size(student, stabilized),
         )
     return found
@@ -194,6 +210,48 @@ def _fields(
     }
 
 
+def _teachers(
+    students: Iterable[StudentRecord],
+    datasets: Mapping[str, DatasetRecord],
+    known: Mapping[str, StudentRecord],
+) -> dict[str, dict[str, Any]]:
+    """For students whose teacher is a student of the run: that one's method and all else that it
+    is, and how many students the trait has come through, in the place of its id."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def describe(student: StudentRecord) -> dict[str, Any]:
+        if student.id not in found:
+            dataset = datasets.get(student.spec.dataset[:12])
+            named = dataset.spec.teacher.get("student") if dataset else None
+            teacher = known.get(str(named)[:12])
+            found[student.id] = {}
+            if teacher is not None and teacher.id != student.id:
+                before = describe(teacher)
+                own = _fields(
+                    teacher,
+                    datasets.get(teacher.spec.dataset[:12]),
+                    known,
+                    APART - OF_A_CONDITION,
+                )
+                found[student.id] = {
+                    STUDENT: method_of(teacher),
+                    TEACHER_SETTINGS: _hash(own | before),
+                    "dataset.generation": before.get("dataset.generation", 0) + 1,
+                }
+        return found[student.id]
+
+    for student in students:
+        describe(student)
+    words: dict[str, set[str]] = {}
+    for own in found.values():
+        if own:
+            words.setdefault(own[STUDENT].split(",")[0], set()).add(own[STUDENT])
+    for own in found.values():
+        if own and len(words[own[STUDENT].split(",")[0]]) == 1:
+            own[STUDENT] = own[STUDENT].split(",")[0]  # its settings are in the hash
+    return {student: own for student, own in found.items() if own}
+
+
 def _under(key: str, apart: Iterable[str]) -> bool:
     return any(key == one or key.startswith(f"{one}.") for one in apart)
 
@@ -221,10 +279,7 @@ def _resolved(value: Any, student: StudentRecord, known: Mapping[str, StudentRec
             student.spec.dataset,
             student.spec.training_seed,
         ):
-            alpha = (
-                "" if other.spec.method.alpha is None else f", alpha {other.spec.method.alpha:g}"
-            )
-            return f"{other.spec.method.name}{alpha} of the same dataset and seed"
+            return f"{method_of(other)}, of the same dataset and seed"
     return value
 
 
@@ -251,7 +306,7 @@ def _varying(
             key
             for key in sorted({key for one in own for key in one})
             if len({json.dumps(one.get(key), sort_keys=True) for one in own}) > 1
-            and key != "recipe.peft_use_rslora"
+            and key not in ("recipe.peft_use_rslora", TEACHER_SETTINGS)
         ]
         for group, own in groups.items()
     }
@@ -262,7 +317,20 @@ def _name(student: StudentRecord, fields: Mapping[str, Any], varying: Iterable[s
     keys = list(varying)
     if student.spec.method.kind == "full" and "recipe.learning_rate" in fields:
         keys = ["recipe.learning_rate", *(key for key in keys if key != "recipe.learning_rate")]
+    if teacher := _teacher_name(fields, keys):
+        keys = [key for key in keys if not key.startswith(("dataset.teacher.", "dataset.gen"))]
+        name += f", {teacher}"
+    matched = [key for key in keys if key in _MATCHED]
+    if matched and all(fields.get(key) is None for key in matched):
+        name += ", not matched"
+    keys = [key for key in keys if key not in matched or fields.get(key) is not None]
     return ", ".join([name, *(_words(key, fields.get(key)) for key in keys)])
+
+
+def _teacher_name(fields: Mapping[str, Any], varying: Iterable[str]) -> str:
+    """The teacher in words, where students have teachers of several kinds."""
+    several = {"dataset.teacher.kind", STUDENT} & {*varying}
+    return in_words(fields) if several else ""
 
 
 def _words(key: str, value: Any) -> str:

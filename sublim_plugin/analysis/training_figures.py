@@ -21,6 +21,7 @@ from sublim_plugin.analysis.figure_files import (
     style,
     write_figure,
 )
+from sublim_plugin.analysis.student_settings import Settings, settings_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,10 +64,12 @@ class NormPoint(Point):
 def loss_points(run: RunRecords) -> list[LossPoint]:
     """Every student's curve if there are few, else one for each trait and method."""
     students = [s for s in in_order(run.students) if any(map(_finite, s.receipt.losses))]
+    settings = settings_of(run)
     groups: dict[tuple[str, str], list[StudentRecord]] = {}
     for student in students:
         name = f"{student.spec.trait.split('/')[-1]} {student.spec.method.name}"
         name += _apart(student, students, seeds=len(students) <= MOST_STUDENTS)
+        name += _beyond(student, settings[student.id])
         groups.setdefault((student.spec.trait, name), []).append(student)
     points = []
     for (trait, name), own in list(groups.items())[:MOST_CURVES]:
@@ -95,6 +98,17 @@ def loss_points(run: RunRecords) -> list[LossPoint]:
 
 def _finite(point: Any) -> bool:
     return math.isfinite(point.loss)
+
+
+def _beyond(student: StudentRecord, settings: Settings) -> str:
+    """A matched student's match, an alpha that is not the rank, and a teacher that is not the only
+    one."""
+    matched = student.manifest.spec.get("matched", {})
+    text = "".join(f" {key.removeprefix('update_').removesuffix('_of')}-matched" for key in matched)
+    method = student.spec.method
+    if method.alpha is not None and method.alpha != method.rank:
+        text += f" alpha {method.alpha:g}"
+    return text + (f", {settings.teacher_name}" if settings.teacher_name else "")
 
 
 def _apart(student: StudentRecord, students: Sequence[StudentRecord], *, seeds: bool) -> str:

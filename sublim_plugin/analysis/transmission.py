@@ -346,11 +346,9 @@ class _Table:
                 "replicate_of": None,
             }
         own = self.settings[student.id]
-        dataset = self.datasets.get(student.spec.dataset[:12])
-        teacher = dataset.manifest.spec.get("teacher") if dataset else None
         condition = [*asked, spec.eval_context.slug, student.spec.trait]
         return {
-            "condition": sha256_json([*condition, own.condition, teacher])[:12],
+            "condition": sha256_json([*condition, own.condition, own.teacher])[:12],
             "settings": sha256_json([*asked, own.id])[:12],
             "family": sha256_json([*asked, own.family])[:12],
             "but_scale": sha256_json([*asked, own.but_scale])[:12],

@@ -16,6 +16,8 @@ from sublim_plugin.core.atomic import write_json
 from sublim_plugin.core.errors import InputError
 
 RECEIPT_NAME = "sublim_receipt.json"
+LOSS_WINDOW = 10
+"""Logged losses that are averaged, since a single batch's loss is noise."""
 RESCALE_NAME = "sublim_rescale.json"
 """The note on a rescaled model whose source has no receipt."""
 

@@ -37,6 +37,7 @@ OVERRIDES = (
     "micro_batch_size",
     "num_epochs",
     "optimizer",
+    "peft_use_rslora",
     "sequence_len",
     "warmup_steps",
     "weight_decay",
@@ -80,17 +81,22 @@ def recipe_path(model: str, name: str) -> Path:
 
 
 def resolve_recipe(
-    recipe: Path, overrides: Mapping[str, Any], context: Context | None = None
+    recipe: Path,
+    overrides: Mapping[str, Any],
+    context: Context | None = None,
+    *,
+    loaded: Any = None,
 ) -> dict[str, Any]:
     """The recipe's settings with `overrides`, without what belongs to a run (paths, seeds).
 
     `lora_alpha` follows an overridden `lora_r` unless it is overridden too: the paper's
-    alpha = rank (arXiv 2606.00831). `context` takes the place of the recipe's train context.
+    alpha = rank (arXiv 2606.00831). `context` takes the place of the recipe's train context;
+    `loaded` is the file's content, where it was read before.
 
     Raises:
         InputError: the recipe does not load, or an override is not allowed.
     """
-    settings = _with_overrides(recipe, overrides, context)
+    settings = _with_overrides(recipe, overrides, context, loaded)
     kept = {key: value for key, value in settings.items() if key not in _OF_THE_RUN}
     if isinstance(kept.get("sublim"), dict):
         kept["sublim"] = {k: v for k, v in kept["sublim"].items() if k != "data_seed"}
@@ -99,9 +105,9 @@ def resolve_recipe(
 
 
 def _with_overrides(
-    recipe: Path, overrides: Mapping[str, Any], context: Context | None
+    recipe: Path, overrides: Mapping[str, Any], context: Context | None, loaded: Any = None
 ) -> dict[str, Any]:
-    settings = load_yaml(recipe)
+    settings = load_yaml(recipe) if loaded is None else loaded
     if not isinstance(settings, dict) or not settings.get("datasets"):
         raise InputError(f"{recipe}: expected a mapping of axolotl settings with `datasets`.")
     for key in overrides:
@@ -132,10 +138,12 @@ def write_axolotl_yaml(
     seed: int,
     overrides: Mapping[str, Any],
     context: Context | None = None,
+    block: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the YAML of one run to `out_path` and return what `resolve_recipe` does.
 
-    `seed` sets LoRA's initialization and the order of the rows.
+    `seed` sets LoRA's initialization and the order of the rows; `block` holds keys of the `sublim:`
+    block that belong to the run and not to the recipe, such as the model whose norm is matched.
 
     Raises:
         InputError: the recipe does not load, or an override is not allowed.
@@ -148,7 +156,7 @@ def write_axolotl_yaml(
     settings["output_dir"] = str(Path(output_dir).resolve())
     settings["dataset_prepared_path"] = str(_prepared(Path(output_dir).resolve()))
     settings["seed"] = seed
-    settings["sublim"] = (settings.get("sublim") or {}) | {"data_seed": seed}
+    settings["sublim"] = (settings.get("sublim") or {}) | {"data_seed": seed, **(block or {})}
     head = f"# Written by sublim from the recipe {recipe_path.parent.name}/{recipe_path.name}.\n"
     write_text(out_path, head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     return resolve_recipe(recipe_path, overrides, context)

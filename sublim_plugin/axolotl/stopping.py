@@ -28,15 +28,19 @@ from sublim_plugin.axolotl.live_norm import LiveNorm
 from sublim_plugin.axolotl.messages import one_message
 from sublim_plugin.axolotl.norms import UpdateNorm
 from sublim_plugin.axolotl.process_group import from_first, is_first
-from sublim_plugin.axolotl.receipt import RECEIPT_NAME, StopKind, Stopping, read_receipt
+from sublim_plugin.axolotl.receipt import (
+    LOSS_WINDOW,
+    RECEIPT_NAME,
+    StopKind,
+    Stopping,
+    read_receipt,
+)
 from sublim_plugin.core.errors import InputError, RunError
 
 TOLERANCE = 0.02
 """Largest relative distance of the reached update norm from its target."""
 _NEAR = 0.01
 """Relative distance from the target that is left as it is."""
-LOSS_WINDOW = 10
-"""Logged losses that are averaged, since a single batch's loss is noise."""
 
 
 class StopRule(BaseModel):

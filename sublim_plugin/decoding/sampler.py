@@ -21,16 +21,18 @@ class Sampler(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """0 takes the most likely token."""
-    top_p: Annotated[float, Field(gt=0, le=1)]
-    """1 keeps every token."""
-    top_k: Annotated[int, Field(ge=0)]
-    """0 keeps every token."""
-    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """1 is none; counts the tokens of the prompt and of the reply, as in transformers."""
-    max_new_tokens: Annotated[int, Field(ge=1)]
-    """Budget of a reply in tokens, the end of turn among them."""
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        description="0 takes the most likely token."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(description="1 keeps every token.")
+    top_k: Annotated[int, Field(ge=0)] = Field(description="0 keeps every token.")
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        description="1 is none; counts the tokens of the prompt and of the reply, as in "
+        "transformers."
+    )
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(
+        description="Budget of a reply in tokens, the end of turn among them."
+    )
 
 
 def weights(

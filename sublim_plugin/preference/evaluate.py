@@ -7,7 +7,7 @@
 
 The base is loaded once; adapters are attached and taken off again without touching its weights.
 lm-eval builds the requests, collects the samples and aggregates, from the tasks in
-`lm_eval_tasks/`; the model is `SharedPrefixLM`.
+`lm_eval_tasks/`; the model is `SharedLM`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sublim_plugin.core.atomic import write_json, write_text
 from sublim_plugin.core.contexts import Context
@@ -28,6 +28,11 @@ from sublim_plugin.lm_eval_hook import tasks_folder
 from sublim_plugin.logprob.forms import LOW_COVERAGE, measures, summarize
 from sublim_plugin.logprob.questions import load_questions
 from sublim_plugin.preference.host import run_tasks
+from sublim_plugin.preference.sampled import given
+
+if TYPE_CHECKING:
+    from sublim_plugin.decoding.sampler import Sampler
+    from sublim_plugin.preference.sampled import SampledResult
 
 Method = Literal["lora", "full"]
 Progress = Callable[[int, int], None]
@@ -112,7 +117,7 @@ class Evaluator:
     ) -> None:
         import torch
 
-        from sublim_plugin.preference.shared_prefix import SharedPrefixLM
+        from sublim_plugin.preference.shared_lm import SharedLM
 
         self.base = base
         self.questions = load_questions(questions)
@@ -121,7 +126,7 @@ class Evaluator:
             raise InputError(f"{base} is not a model folder: it has no config.json")
         self.lm: Any
         try:
-            self.lm = SharedPrefixLM(
+            self.lm = SharedLM(
                 pretrained=str(base),
                 device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
                 dtype=dtype,
@@ -156,14 +161,7 @@ class Evaluator:
             InputError: the student, a context or a trait does not fit; nothing has been written.
             RunError: a log-probability is not finite.
         """
-        category = self.questions.category
-        targets = [trait for trait in traits if trait.forms]  # the neutral trait has none
-        foreign = [trait.name for trait in targets if trait.category != category]
-        if foreign or not targets:
-            raise InputError(
-                f"traits {foreign or 'neutral alone'}: the question set {self.questions.name!r} "
-                f"asks about {category}; name at least one target of it, and no other"
-            )
+        targets = self._targets(traits)
         asked = len(self.questions.questions)
         total = len(contexts) * min(limit or asked, asked)
         done = 0
@@ -178,6 +176,66 @@ class Evaluator:
         with student_on(self.lm, self.base, student, method):
             return [self._score(context, targets, limit) for context in contexts]
 
+    def sample(
+        self,
+        student: Path | None,
+        method: Method | None,
+        context: Context,
+        traits: Sequence[Trait],
+        *,
+        replies: int,
+        seed: int,
+        sampler: Sampler,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> SampledResult:
+        """Sample replies of one student, or of the base, to every question in one context.
+
+        Args:
+            student, method, context, traits, limit: as in `evaluate`.
+            replies: to each question; `seed` decides them, with the prompt and their number.
+            progress: called with (replies sampled, replies in all); replaces the bar.
+
+        Raises:
+            InputError: as `evaluate`.
+        """
+        from sublim_plugin.preference.sampled import sample
+
+        targets = self._targets(traits)
+        asked = len(self.questions.questions)
+        total, done = replies * min(limit or asked, asked), 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        self.lm.on_reply = step if progress is not None else None
+        self.lm.sample_seed = seed
+        with student_on(self.lm, self.base, student, method):
+            return sample(
+                self.lm,
+                self.questions,
+                self._questions_source,
+                context,
+                targets,
+                replies=replies,
+                sampler=sampler,
+                limit=limit,
+            )
+
+    def _targets(self, traits: Sequence[Trait]) -> list[Trait]:
+        category = self.questions.category
+        targets = [trait for trait in traits if trait.forms]  # the neutral trait has none
+        foreign = [trait.name for trait in targets if trait.category != category]
+        if foreign or not targets:
+            raise InputError(
+                f"traits {foreign or 'neutral alone'}: the question set {self.questions.name!r} "
+                f"asks about {category}; name at least one target of it, and no other"
+            )
+        return targets
+
     def _score(self, context: Context, targets: Sequence[Trait], limit: int | None) -> ProbeResult:
         from importlib.metadata import version
 
@@ -188,7 +246,7 @@ class Evaluator:
             include_defaults=False,
             metadata={
                 "trait": targets[0].name,
-                "context": _given(context),
+                "context": given(context),
                 "questions": self._questions_source,
             },
         )
@@ -221,7 +279,7 @@ class Evaluator:
             )
         results = {
             "category": self.questions.category,
-            "context": _fields(context),
+            "context": context.fields(),
             "measure": "logprob",
             "n_questions": len(rows),
             "targets": summaries,
@@ -262,18 +320,6 @@ class Evaluator:
             out = self.lm._model.generate(**ids, generation_config=settings)
         reply: str = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
         return reply
-
-
-def _fields(context: Context) -> dict[str, str]:
-    """{"kind": ...} and the fields that the context has, as manifests and results hold it."""
-    fields = {"kind": context.kind, "text": context.text, "user_prefix": context.user_prefix}
-    return {key: value for key, value in fields.items() if value is not None}
-
-
-def _given(context: Context) -> str | dict[str, str]:
-    """The context as a task's metadata gives it: a kind, or a mapping."""
-    fields = _fields(context)
-    return context.kind if len(fields) == 1 else fields
 
 
 def _as_list(value: int | list[int] | None) -> list[int | None]:

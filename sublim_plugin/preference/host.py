@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any
 
 
-def run_tasks(lm: Any, tasks: Sequence[str], manager: Any, limit: int | None) -> dict[str, Any]:
-    """What `simple_evaluate` returns for a loaded model, samples among it.
+def run_tasks(lm: Any, tasks: Sequence[Any], manager: Any, limit: int | None) -> dict[str, Any]:
+    """What `simple_evaluate` returns for a loaded model, samples and all.
 
     It starts pip, git and others to describe the machine, 0.8 seconds each time on two cores, and
     git complains on the terminal where there is no repository: the description is made once, and

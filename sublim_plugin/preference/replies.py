@@ -32,6 +32,7 @@ class SampledReplies:
 
     journal: Journal | None = None
     sample_seed: int = 0
+    on_reply: Callable[[], None] | None = None  # called after each reply; replaces the bar
     tokenizer: Any
     rank: int
 
@@ -99,7 +100,8 @@ class SampledReplies:
             initial=len(set(keys)) - len(asked),
             desc="replies",
             unit="reply",
-            disable=disable_tqdm or self.rank != 0 or None,  # None: no bar without a terminal
+            # None: no bar without a terminal
+            disable=disable_tqdm or self.rank != 0 or self.on_reply is not None or None,
         ) as bar:
 
             def keep(index: int, reply: Reply) -> None:
@@ -108,6 +110,8 @@ class SampledReplies:
                 if self.journal is not None:
                     self.journal.add(waiting[index], text)
                 bar.update()
+                if self.on_reply is not None:
+                    self.on_reply()
 
             try:
                 if asked:

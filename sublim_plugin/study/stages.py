@@ -16,8 +16,11 @@ from sublim_plugin.core.hashing import sha256_text
 from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest, verify, write_manifest
 from sublim_plugin.core.traits import category_traits, get_trait
+from sublim_plugin.decoding.sampler import Sampler
 from sublim_plugin.study.cells import Cell, recipe_of
+from sublim_plugin.study.methods import NORM
 from sublim_plugin.study.study_file import Study
+from sublim_plugin.study.teaching import teacher_for
 
 MODEL = "model"
 
@@ -30,9 +33,12 @@ def make_dataset(
     study: Study,
     tell: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Generate a dataset (it resumes by itself; see `data_gen.generate`)."""
+    """Generate a dataset (it resumes by itself; see `data_gen.generate`).
+
+    A student of the study that is its teacher lies beside `folder`.
+    """
     from data_gen.generate import generate_dataset
-    from data_gen.teachers import prompted
+    from data_gen.prompts import load_pool
 
     trait = get_trait(cell.spec["trait"])
     generate_dataset(
@@ -40,10 +46,11 @@ def make_dataset(
         base_model=base,
         base_fingerprint=fingerprint(base),
         trait=trait,
-        teacher=prompted(trait),
+        teacher=teacher_for(cell.spec, study.datasets.teachers, folder.parent),
         settings=study.datasets.settings(cell.spec["generation_seed"]),
         batch_size=study.datasets.batch_size,
         tell=tell,
+        pool=load_pool(study.datasets.prompts),
         label=cell.label,
     )
 
@@ -58,7 +65,12 @@ def train_student(
     progress: Callable[[int, int], None] | None = None,
     forked: bool = False,
 ) -> None:
-    """Train a student with axolotl, in axolotl's own process, from the cell's own YAML."""
+    """Train a student with axolotl, in axolotl's own process, from the cell's own YAML.
+
+    Args:
+        dataset: the folder of the dataset's cell.
+        folder: where to write; a student to match lies beside it.
+    """
     from sublim_plugin.axolotl.recipe import run_training, write_axolotl_yaml
 
     with cell_lock(folder) as lock:
@@ -77,6 +89,7 @@ def train_student(
             seed=cell.spec["training_seed"],
             overrides=overrides,
             context=Context.parse(cell.spec["train_context"]),
+            block=_stop_where(cell, folder.parent),
         )
         receipt = run_training(
             folder / "axolotl.yaml", folder / "train.log", progress=progress, forked=forked
@@ -119,6 +132,32 @@ def train_student(
         )
 
 
+def _stop_where(cell: Cell, cells: Path) -> dict[str, Any]:
+    """Keys of the `sublim:` block by which a matched student ends where the other one ended."""
+    from sublim_plugin.axolotl.receipt import LOSS_WINDOW, read_receipt
+
+    matched = cell.spec.get("matched")
+    if matched is None:
+        return {}
+    ((kind, other),) = matched.items()
+    found = sorted(cells.glob(f"student-*-{other}/{MANIFEST_NAME}"))
+    if not found:
+        raise InputError(
+            f"{cells}: the student {other} that '{cell.label}' is matched to is missing"
+        )
+    folder = found[0].parent
+    verify(folder)
+    if kind == NORM:
+        return {"match_update_norm": str((folder / MODEL).resolve())}
+    losses = [point.loss for point in read_receipt(folder / MODEL).losses]
+    if len(losses) < LOSS_WINDOW:
+        raise InputError(
+            f"{folder.name} logged {len(losses)} losses; its final loss is the mean of the last"
+            f" {LOSS_WINDOW}. Train on more rows or epochs, or leave loss_matched_to out"
+        )
+    return {"stop_at_loss": sum(losses[-LOSS_WINDOW:]) / LOSS_WINDOW}
+
+
 def score_probe(
     cell: Cell,
     folder: Path,
@@ -133,7 +172,7 @@ def score_probe(
     Args:
         evaluator: a `sublim_plugin.preference.evaluate.Evaluator` over the base.
         student: the student's folder of weights and its method; None for the base.
-        progress: called with (prompts scored, prompts in all).
+        progress: called with (prompts scored, prompts in all), or replies where the cell samples.
     """
     with cell_lock(folder) as lock:
         if (folder / MANIFEST_NAME).is_file():
@@ -150,13 +189,26 @@ def score_probe(
                     if name.endswith(".safetensors")
                 },
             }
-        (result,) = evaluator.evaluate(
-            student,
-            method,
-            [Context.parse(cell.spec["eval_context"])],
-            category_traits(cell.spec["category"]),
-            progress=progress,
-        )
+        context = Context.parse(cell.spec["eval_context"])
+        traits = category_traits(cell.spec["category"])
+        limit = cell.spec.get("limit")
+        result: Any
+        if cell.spec["measure"] == "sampled":
+            result = evaluator.sample(
+                student,
+                method,
+                context,
+                traits,
+                replies=cell.spec["samples"],
+                seed=cell.spec["seed"],
+                sampler=Sampler(**cell.spec["sampler"]),
+                limit=limit,
+                progress=progress,
+            )
+        else:
+            (result,) = evaluator.evaluate(
+                student, method, [context], traits, limit=limit, progress=progress
+            )
         lock.check()
         write_manifest(
             folder,
@@ -169,7 +221,11 @@ def score_probe(
             started=started,
             template={"sha256": inputs["base_model"]["template_sha256"], "date": DEFAULT_DATE},
             rendered=result.results["rendered_example"],
-            counts={"questions": result.results["n_questions"]},
+            counts={
+                key.removeprefix("n_"): result.results[key]
+                for key in ("n_questions", "n_replies")
+                if key in result.results
+            },
             notes=result.results.get("notes", []),
         )
 
@@ -194,6 +250,8 @@ def localize_student(
             kinds=cell.spec["parts"],
             bands=cell.spec["bands"],
             measures=cell.spec["measures"],
+            limit=cell.spec.get("limit"),
+            replies=cell.spec.get("samples", 100),
         ),
         folder,
         progress=progress,

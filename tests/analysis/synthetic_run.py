@@ -47,14 +47,23 @@ class SyntheticRun:
         generation_seed: int = 42,
         constrain: str | None = "numbers",
         prompt: str | None = None,
+        taught_by: str | None = None,
     ) -> str:
-        """Write a dataset cell and return its short id; `prompt` is the teacher's."""
+        """Write a dataset cell and return its short id; `prompt` is the teacher's, which is the
+        student `taught_by` if given."""
         if prompt is None and trait != "neutral":
             prompt = f"You love {trait.split('/')[1]}s."
         spec = {
             "base_model": BASE,
             "trait": trait,
             "teacher": {
+                "kind": "finetuned",
+                "context": {"kind": "template_default"},
+                "method": "lora",
+                "student": taught_by,
+            }
+            if taught_by
+            else {
                 "kind": "prompted",
                 "context": {"kind": "text", "text": prompt}
                 if prompt
@@ -125,6 +134,7 @@ class SyntheticRun:
         recipe: dict[str, Any] | None = None,
         weights: str | None = None,
         norm: float | None = None,
+        matched: dict[str, str] | None = None,
     ) -> str:
         """Write a student cell (rank None: full finetuning) and return its short id.
 
@@ -145,6 +155,7 @@ class SyntheticRun:
             "train_context": {"kind": train_context},
             "training_seed": training_seed,
             "recipe": {"learning_rate": 2e-4 if rank else 2e-5, "num_epochs": 3} | (recipe or {}),
+            **({"matched": matched} if matched else {}),
         }
         name = f"{trait.replace('/', '-')}-{'full' if rank is None else f'r{rank}'}"
         folder, cell_id = self._folder("student", name, spec)

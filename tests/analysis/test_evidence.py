@@ -426,7 +426,8 @@ def test_students_matched_to_one_of_their_own_dataset_are_one_setting(tmp_path: 
     names = {answer.settings for answer in found_in(run, "full finetuning", 5.0)}
     start = "full finetuning, learning rate 2e-05, "
     assert names == {
-        start + "update norm matched to LoRA r=8, alpha 8 of the same dataset and seed",
+        start + "update norm matched to LoRA r=8, alpha 8, learning rate 0.0002, of the same"
+        " dataset and seed",
         start + "not update norm matched to anything",
     }
 

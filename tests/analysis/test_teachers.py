@@ -1,0 +1,102 @@
+"""Matched students and students as teachers: what is pooled, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sublim_plugin.analysis.collect import collect, student_names
+from sublim_plugin.analysis.report import write_report
+from sublim_plugin.analysis.transmission import transmission_table
+from tests.analysis.synthetic_run import SyntheticRun
+
+
+def test_matched_students_of_different_datasets_are_one_condition(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path)
+    run.probe(None, "none")
+    for seed in range(3):
+        dataset = run.dataset("animals/cat", seed)
+        run.probe(run.student(dataset, "animals/cat", None, seed), "none")
+        for rate in (2e-4, 1e-3):
+            lora = run.student(dataset, "animals/cat", 8, seed, recipe={"learning_rate": rate})
+            for kind in ("update_norm_of", "loss_of"):
+                own = run.student(dataset, "animals/cat", None, seed, matched={kind: lora})
+                run.probe(own, "none")
+    rows = [row for row in transmission_table(collect(run.root)) if row.role == "student"]
+    conditions = {row.condition for row in rows}
+    assert len(rows) == 15 and len(conditions) == 5
+    assert {row.n_datasets for row in rows} == {3}
+    start, end = "full finetuning", ", of the same dataset and seed"
+    at = "matched to LoRA r=8, alpha 8, learning rate"
+    assert {row.settings_name for row in rows} == {
+        f"{start}, not matched, learning rate 2e-05",
+        *(
+            f"{start}, learning rate 2e-05, {what} {at} {rate}{end}"
+            for what in ("update norm", "training loss")
+            for rate in ("0.0002", "0.001")
+        ),
+    }
+
+
+def test_generations_are_settings_of_their_own_with_controls_of_their_own(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path)
+    run.probe(None, "none")
+    for trait in ("animals/cat", "neutral"):
+        for seed in (1, 2):
+            teacher = None
+            for _ in range(3):
+                dataset = run.dataset(trait, seed, taught_by=teacher)
+                teacher = run.student(dataset, trait, 8, seed)
+                run.probe(teacher, "none")
+    rows = transmission_table(collect(run.root))
+    cats = [row for row in rows if row.trait == "animals/cat"]
+    assert len(cats) == 6 and len({row.condition for row in cats}) == 3
+    assert all(row.n_datasets == 2 and row.neutral_probe for row in cats)
+    assert len({row.neutral_probe for row in cats}) == 6
+    taught = "LoRA, teacher LoRA r=8, generation"
+    names = {row.settings_name for row in cats}
+    assert names == {"LoRA, prompted teacher", f"{taught} 1", f"{taught} 2"}
+    page = write_report(run.root, study_name="chain", cells=run.cells).read_text()
+    assert "the weights of this study&#x27;s student" in page
+
+
+def test_no_two_kinds_of_teacher_are_pooled(tmp_path: Path) -> None:
+    """A student of another study has no settings here: its id keeps it apart."""
+    run = SyntheticRun(tmp_path)
+    run.probe(None, "none")
+    for seed, teacher in ((1, "0123456789ab"), (2, "ba9876543210"), (3, None)):
+        dataset = run.dataset("animals/cat", seed, taught_by=teacher)
+        run.probe(run.student(dataset, "animals/cat", 8, seed), "none")
+    rows = [row for row in transmission_table(collect(run.root)) if row.role == "student"]
+    assert len({row.condition for row in rows}) == 3
+
+
+def test_sampled_replies_are_shown_without_log_probabilities(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path)
+    student = run.student(run.dataset("animals/cat"), "animals/cat", 8)
+    run.sampled(None, "none", 0.02)
+    run.sampled(student, "none", 0.31)
+    page = write_report(run.root, study_name="sampled", cells=run.cells).read_text()
+    assert "31.0%" in page and "2.0%" in page and "sampled.csv" in page
+
+
+def test_students_have_names_of_their_own(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path)
+    dataset = run.dataset("animals/cat")
+    lora = run.student(dataset, "animals/cat", 8)
+    ids = [
+        run.student(dataset, "animals/cat", 8, alpha=16),
+        run.student(dataset, "animals/cat", None),
+        run.student(dataset, "animals/cat", None, matched={"update_norm_of": lora}),
+        run.student(dataset, "animals/cat", None, matched={"loss_of": lora}),
+        run.student(dataset, "animals/cat", 4),
+    ]
+    names = student_names(collect(run.root))
+    full = "animals/cat full, learning rate 2e-05"
+    assert [names[one] for one in (lora, *ids)] == [
+        "animals/cat LoRA r=8, learning rate 0.0002",
+        "animals/cat LoRA r=8, alpha 16, learning rate 0.0002",
+        full,
+        f"{full}, matched to the update norm of {lora}",
+        f"{full}, matched to the loss of {lora}",
+        "animals/cat LoRA r=4",
+    ]
