@@ -1,0 +1,295 @@
+"""Slurm: a study's missing cells as job arrays, each after those that it needs, then the report.
+
+What is queued is asked of Slurm by the jobs' names, which lie beside the cells of each array, so
+that no list of jobs can go stale and the same command submits nothing twice.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sublim_plugin.core.atomic import write_text
+from sublim_plugin.core.base_models import fingerprint, resolve
+from sublim_plugin.core.errors import InputError, MissingDependencyError, RunError
+from sublim_plugin.core.hashing import sha256_text
+from sublim_plugin.core.lock import cell_lock
+from sublim_plugin.study import arrays
+from sublim_plugin.study.cells import Cell, plan
+from sublim_plugin.study.slurm_script import REPORT, chunks_of, fill, templates_of
+from sublim_plugin.study.stages import require_chat_template
+from sublim_plugin.study.state import cell_state
+from sublim_plugin.study.study_file import load_study
+
+DEFAULT_ARRAY_SIZE = 1001
+"""Slurm's own default of MaxArraySize, the number of tasks that an array can have."""
+_TIMEOUT_S = 120.0
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What `submit` found and did.
+
+    Attributes:
+        jobs: ids of the jobs that were submitted, the report's last.
+        commands: with no_submit, lines for a shell that would submit them.
+        submitted, queued, elsewhere, done, total: numbers of cells: in these jobs, in the queue
+            before, made or waited for by another engine, done, and in the study.
+    """
+
+    jobs: list[str]
+    commands: list[str]
+    submitted: int
+    queued: int
+    elsewhere: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class _Queue:
+    """What Slurm has of this run: each cell's job, the number of tasks, the reports' jobs."""
+
+    job_of: dict[str, str]
+    tasks: int
+    reports: list[str]
+
+
+def submit(
+    study_path: Path,
+    run_dir: Path,
+    *,
+    templates: Sequence[str] = (),
+    chunks: Sequence[str] = (),
+    throttle: int | None = None,
+    max_tasks: int | None = None,
+    no_submit: bool = False,
+    say: Say,
+) -> Submission:
+    """Submit every cell that is neither done nor in the queue, then a job for the report.
+
+    Args:
+        templates: `FILE` or `WORK=FILE` with a batch script for all or one kind of work.
+        chunks: `N` or `WORK=N` cells in a task.
+        throttle: tasks of one array that run at the same time.
+        max_tasks: tasks that this run may have in the queue; longer tasks keep below it.
+        no_submit: write arrays and scripts only, and return the commands that submit them.
+
+    Raises:
+        InputError: the study, its base model, a template or an option.
+        MissingDependencyError: there is no Slurm on this machine.
+        RunError: Slurm refused; what it took before stays queued, and the same command continues.
+        BusyError: the same study is being submitted by another process.
+    """
+    texts = templates_of(templates)
+    sizes = chunks_of(chunks)
+    study_path, run_dir = study_path.resolve(), run_dir.resolve()
+    longest = _longest_array(no_submit, say)
+    study = load_study(study_path)
+    base = resolve(study.base_model)
+    require_chat_template(base)
+    cells = plan(study, fingerprint(base))
+    prefix = f"sublim-{study.name}-{sha256_text(str(run_dir))[:6]}"
+    with cell_lock(run_dir / arrays.FOLDER):
+        states = {cell.id: cell_state(cell, run_dir).state for cell in cells}
+        done = {cell_id for cell_id, state in states.items() if state == "done"}
+        queue = _queue(run_dir, done, f"{prefix}-{REPORT}", no_submit)
+        todo, elsewhere = _to_submit(cells, states, queue.job_of)
+        room = None if max_tasks is None else max_tasks - queue.tasks - 1
+        blocks = arrays.lay_out(cells, todo, chunks=sizes, longest=longest, most_tasks=room)
+        script = _Scripts(study_path, run_dir, prefix, texts, throttle, no_submit)
+        jobs = script.add_all(blocks, queue.job_of, say)
+        if blocks or (queue.job_of and not queue.reports):
+            jobs.append(script.add_report([*queue.job_of.values(), *jobs], say))
+    queued = sum(cell_id not in done for cell_id in queue.job_of)
+    return Submission(
+        [] if no_submit else jobs, script.commands,
+        len(todo), queued, len(elsewhere), len(done), len(cells),
+    )  # fmt: skip
+
+
+def _to_submit(
+    cells: Sequence[Cell], states: Mapping[str, str], job_of: dict[str, str]
+) -> tuple[set[str], set[str]]:
+    """The cells to submit, and those that another engine makes or that wait for one of these."""
+    todo: set[str] = set()
+    elsewhere: set[str] = set()
+    for cell in cells:
+        if states[cell.id] == "done" or cell.id in job_of:
+            continue
+        waits = states[cell.id] == "running" or any(need in elsewhere for need in cell.needs)
+        (elsewhere if waits else todo).add(cell.id)
+    return todo, elsewhere
+
+
+@dataclass
+class _Scripts:
+    """Writes batch scripts and gives them to sbatch, or to `commands` with no_submit."""
+
+    study_path: Path
+    run_dir: Path
+    prefix: str
+    templates: dict[str, tuple[str, str]]
+    throttle: int | None
+    no_submit: bool
+
+    def __post_init__(self) -> None:
+        self.folder = self.run_dir / arrays.FOLDER
+        self.commands: list[str] = []
+        for work, (name, text) in self.templates.items():  # nothing is submitted by half
+            fill(text, name, self._values(work, []))
+
+    def add_all(
+        self, blocks: Sequence[arrays.Block], job_of: dict[str, str], say: Say
+    ) -> list[str]:
+        """Submit arrays, each after the jobs of the cells that it needs; returns their jobs."""
+        job_of = dict(job_of)
+        jobs = []
+        number = max(arrays.array_numbers(self.run_dir), default=0)
+        for block in blocks:
+            number += 1
+            name = f"{self.prefix}-{number}"
+            arrays.write_array(self.run_dir, number, block, name)
+            limit = f"%{self.throttle}" if self.throttle else ""
+            job = self._add(
+                f"array-{number}",
+                block.work,
+                name,
+                ["--array", str(number), "--index", '"$SLURM_ARRAY_TASK_ID"'],
+                after={job_of[need] for need in block.needs if need in job_of},
+                options=[f"--array=0-{len(block.tasks) - 1}{limit}"],
+                log=f"array-{number}-%a.txt",
+            )
+            count = sum(map(len, block.tasks))
+            job_of |= {cell: job for task in block.tasks for cell in task}
+            jobs.append(job)
+            if not self.no_submit:
+                say(f"job {job}: {count} {block.work} cells in {len(block.tasks)} tasks")
+        return jobs
+
+    def add_report(self, after: Iterable[str], say: Say) -> str:
+        """Submit the report's job after all others."""
+        job = self._add(
+            REPORT, REPORT, f"{self.prefix}-{REPORT}", [],
+            after=set(after), options=[], log="report.txt",
+        )  # fmt: skip
+        if not self.no_submit:
+            say(f"job {job}: the report")
+        return job
+
+    def _values(self, work: str, task: Sequence[str]) -> dict[str, str]:
+        command = "report" if work == REPORT else "run"
+        words = [
+            command,
+            shlex.quote(str(self.study_path)),
+            "--out",
+            shlex.quote(str(self.run_dir)),
+        ]
+        arguments = " ".join([*words, *task])
+        python = shlex.quote(sys.executable)
+        return {
+            "command": f"{python} -P -m sublim_plugin.cli {arguments}",
+            "arguments": arguments,
+            "work": work,
+        }
+
+    def _add(
+        self,
+        stem: str,
+        work: str,
+        name: str,
+        task: Sequence[str],
+        *,
+        after: set[str],
+        options: Sequence[str],
+        log: str,
+    ) -> str:
+        path = self.folder / f"{stem}.sh"
+        template, text = self.templates[work]
+        write_text(path, fill(text, template, self._values(work, task)))
+        logs = self.folder / "logs"
+        logs.mkdir(exist_ok=True)
+        output = f"{str(logs).replace('%', '%%')}/{log}"
+        # on the command line they hold whatever the script and the environment say
+        words = ["sbatch", "--parsable", f"--job-name={name}", *options, f"--output={output}"]
+        words.append("--open-mode=append")
+        last = [f"--dependency=afterany:{':'.join(sorted(after))}"] if after else []
+        if self.no_submit:
+            variable = re.sub(r"\W", "_", stem)
+            quoted = " ".join([*map(shlex.quote, words), *last, shlex.quote(str(path))])
+            self.commands.append(f"{variable}=$({quoted})")
+            return f"${variable}"
+        printed = _ask([*words, *last, str(path)], "; what was submitted before stays queued")
+        return printed.strip().split(";")[0]
+
+
+def _queue(run_dir: Path, done: set[str], report: str, no_submit: bool) -> _Queue:
+    """What of this run is in the queue, by the names of its jobs."""
+    files = {}
+    for number in arrays.array_numbers(run_dir):
+        file = arrays.read_array(run_dir, number)
+        if any(cell not in done for task in file.tasks for cell in task):
+            files[file.job_name] = file
+    job_of: dict[str, str] = {}
+    tasks, reports = 0, []
+    if no_submit and shutil.which("squeue") is None:
+        return _Queue({}, 0, [])
+    listed = _ask(
+        [
+            "squeue",
+            "--noheader",
+            "--array",
+            "--format=%F|%K|%j",
+            f"--name={','.join([*files, report])}",
+        ]
+    )
+    for line in listed.splitlines():
+        job, index, name = line.strip().split("|")
+        if name == report:
+            reports.append(job)
+        else:
+            tasks += 1
+            job_of |= dict.fromkeys(files[name].tasks[int(index)], job)
+    return _Queue(job_of, tasks, reports)
+
+
+def _longest_array(no_submit: bool, say: Say) -> int:
+    if shutil.which("sbatch") is None:
+        if no_submit:
+            say(f"no Slurm on this machine: arrays of up to {DEFAULT_ARRAY_SIZE} tasks")
+            return DEFAULT_ARRAY_SIZE
+        raise MissingDependencyError(
+            "sbatch: not found, so this machine is no login node of a Slurm cluster. Run the"
+            " command on one, write the scripts only (--no-submit), or use --engine local"
+        )
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask(["scontrol", "show", "config"]), re.M)
+    if found is None or int(found[1]) < 1:
+        raise InputError("this Slurm allows no job arrays (MaxArraySize in `scontrol show config`)")
+    return int(found[1])
+
+
+def _ask(command: Sequence[str], more: str = "") -> str:
+    """Run one of Slurm's commands and return what it prints."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+            timeout=_TIMEOUT_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise RunError(
+            f"{command[0]} did not answer within {_TIMEOUT_S:.0f} s{more}; the same command"
+            " continues"
+        ) from error
+    if done.returncode:
+        raise RunError(
+            f"{command[0]} refused: {done.stderr.strip() or 'without a message'}{more}."
+            " The same command continues"
+        )
+    return done.stdout
