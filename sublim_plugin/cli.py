@@ -15,6 +15,8 @@ import click
 
 from sublim_plugin import __version__
 from sublim_plugin.core.errors import SublimError
+from sublim_plugin.study.slurm_command import run_on_slurm, slurm_options
+from sublim_plugin.study.slurm_command import template as slurm_template
 
 STUDY = click.argument("study", type=click.Path(path_type=Path))
 OUT = click.option(
@@ -58,7 +60,9 @@ def _run_dir(study: Path, out: Path | None) -> Path:
 @STUDY
 @OUT
 @JSON
-def run(study: Path, out: Path | None, as_json: bool) -> None:
+@click.option("--engine", type=click.Choice(["local", "slurm"]), default="local", show_default=True)
+@slurm_options
+def run(study: Path, out: Path | None, as_json: bool, engine: str, **slurm: Any) -> None:
     """Run a study file: every missing cell, then the report. Run it again to continue."""
     from sublim_plugin.analysis.collect import collect
     from sublim_plugin.analysis.tables import format_table
@@ -69,6 +73,9 @@ def run(study: Path, out: Path | None, as_json: bool) -> None:
         click.echo(text, err=True)
 
     run_dir = _run_dir(study, out)
+    code = run_on_slurm(study, run_dir, engine, as_json=as_json, **slurm)
+    if code is not None:
+        sys.exit(code)
     outcome = run_study(study, run_dir, say)
     rows = transmission_table(
         collect(run_dir, [(state.folder, state.state) for state in outcome.states])
@@ -86,6 +93,9 @@ def run(study: Path, out: Path | None, as_json: bool) -> None:
         click.echo(f"report: {outcome.report}")
     if outcome.exit_code:
         sys.exit(outcome.exit_code)
+
+
+main.add_command(slurm_template)
 
 
 @main.command()

@@ -117,7 +117,7 @@ def run_study(study_path: Path, run_dir: Path, say: Say) -> Outcome:
                 for cell in todo:
                     codes.append(_train(cell, cells, study, base, run_dir, clock))
             elif todo:
-                codes.append(_in_worker(kind, todo, study_path, run_dir, clock))
+                codes.append(_in_worker(todo, study_path, run_dir, clock))
         states = [cell_state(cell, run_dir) for cell in cells]
         index = write_report_if_changed(study, study_path, run_dir, states)
     failed = [state for state in states if state.state != "done"]
@@ -162,11 +162,9 @@ def _train(
     return code
 
 
-def _in_worker(
-    kind: str, cells: Sequence[Cell], study_path: Path, run_dir: Path, clock: _Clock
-) -> int:
+def _in_worker(cells: Sequence[Cell], study_path: Path, run_dir: Path, clock: _Clock) -> int:
     """Run a worker over the cells, telling of each one as its manifest or its error appears."""
-    command = [sys.executable, "-P", "-m", "sublim_plugin.study.worker", kind]
+    command = [sys.executable, "-P", "-m", "sublim_plugin.study.worker"]
     command += [str(study_path), str(run_dir), *(cell.id for cell in cells)]
     for cell in cells:
         (cell.folder(run_dir) / "error.txt").unlink(missing_ok=True)

@@ -1,7 +1,6 @@
-"""A worker process: makes the given cells of one kind, loading the base model once.
+"""A worker process: makes the given cells, loading the base model once.
 
-`python -P -m sublim_plugin.study.worker KIND STUDY RUN_DIR ID…`, where KIND is dataset, probe or
-localization; exits with the highest code of a failure. A cell's failure is written to its folder
+`python -P -m sublim_plugin.study.worker STUDY RUN_DIR ID…`; exits with the highest code of a failure. A cell's failure is written to its folder
 and does not stop the others.
 """
 
@@ -22,20 +21,36 @@ from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.base_models import fingerprint, resolve
 from sublim_plugin.core.errors import BusyError, InputError, RunError, SublimError
 from sublim_plugin.study.cells import Cell, plan
-from sublim_plugin.study.stages import MODEL, localize_student, make_dataset, score_probe
+from sublim_plugin.study.stages import (
+    MODEL,
+    localize_student,
+    make_dataset,
+    score_probe,
+    train_student,
+)
 from sublim_plugin.study.state import ERROR_NAME
 from sublim_plugin.study.study_file import Study, load_study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    kind, study_path, run_dir, *ids = arguments if arguments is not None else sys.argv[1:]
+    study_path, run_dir, *ids = arguments if arguments is not None else sys.argv[1:]
     _quiet_hosts()
     study = load_study(Path(study_path))
     base = resolve(study.base_model)
     cells = {cell.id: cell for cell in plan(study, fingerprint(base))}
     chosen = [cells[cell_id] for cell_id in ids]
-    work = {"dataset": _datasets, "probe": _probes, "localization": _localizations}[kind]
-    return work(chosen, cells, study, base, Path(run_dir))
+    kinds = {
+        "dataset": _datasets,
+        "student": _students,
+        "probe": _probes,
+        "localization": _localizations,
+    }
+    codes = [
+        work(of_kind, cells, study, base, Path(run_dir))
+        for kind, work in kinds.items()
+        if (of_kind := [cell for cell in chosen if cell.kind == kind])
+    ]
+    return max(codes, default=0)
 
 
 def _quiet_hosts() -> None:
@@ -63,6 +78,18 @@ def _datasets(
     for cell in chosen:
         folder = cell.folder(run_dir)
         work = partial(make_dataset, cell, folder, base=base, study=study, progress=show)
+        codes.append(attempt(folder, work))
+    return max(codes, default=0)
+
+
+def _students(
+    chosen: Sequence[Cell], cells: dict[str, Cell], study: Study, base: Path, run_dir: Path
+) -> int:
+    codes = []
+    for cell in chosen:
+        folder = cell.folder(run_dir)
+        dataset = cells[cell.needs[0]].folder(run_dir)
+        work = partial(train_student, cell, folder, base=base, study=study, dataset=dataset)
         codes.append(attempt(folder, work))
     return max(codes, default=0)
 
