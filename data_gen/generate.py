@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,6 +49,7 @@ def generate_dataset(
     batch_size: int,
     device: str = "auto",
     progress: bool = False,
+    tell: Callable[[int, int], None] | None = None,
     pool: Pool | None = None,
     label: str = "",
 ) -> Manifest:
@@ -58,7 +59,8 @@ def generate_dataset(
     finished folder of the same spec is returned as it is. After a kill, the same call continues,
     and with the transformers engine the files are those of an uninterrupted run (same machine,
     threads and `batch_size`; without that, up to float ties in sampling). `device` is "cpu",
-    "cuda", "cuda:1" or "auto"; `progress` shows bars on stderr.
+    "cuda", "cuda:1" or "auto"; `progress` shows bars on stderr; `tell` is called with the rows
+    accepted and wanted after every shard.
 
     Raises InputError for settings that do not go together, a folder that holds something else or a
     keep rate below 1 in 400; BusyError where another process writes there; RunError where the disk
@@ -90,7 +92,7 @@ def generate_dataset(
         Progress(work, spec) as replies,
     ):
         resumed = replies.done
-        _decode(replies, session, progress)
+        _decode(replies, session, progress, tell)
         engine = session.describe()
         session.stop()
         with replies.writing():
@@ -183,7 +185,12 @@ class _Output:
         self.lines += 1
 
 
-def _decode(replies: Progress, session: Session, progress: bool) -> None:
+def _decode(
+    replies: Progress,
+    session: Session,
+    progress: bool,
+    tell: Callable[[int, int], None] | None,
+) -> None:
     """Ask until there are enough. The sizes of the shards depend on what came before alone."""
     from tqdm import tqdm
 
@@ -212,6 +219,8 @@ def _decode(replies: Progress, session: Session, progress: bool) -> None:
             shard = session.write(start, start + _shard_size(tally, session.batch_size), bar)
             replies.append(shard)
             count(shard)
+            if tell is not None:
+                tell(min(tally.accepted, tally.rows), tally.rows)
             bar.set_postfix(asked=tally.asked, refresh=False)
 
 

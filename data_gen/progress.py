@@ -6,20 +6,20 @@ disk; whatever a kill leaves after the last complete shard is cut off and decode
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sublim_plugin.core.atomic import write_json
-from sublim_plugin.core.errors import BusyError, InputError, RunError
+from sublim_plugin.core.atomic import TEMPORARY_PREFIX, write_json
+from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.hashing import canonical_json
+from sublim_plugin.core.lock import cell_lock
 
 
 class Written(BaseModel):
@@ -51,28 +51,15 @@ class Progress:
         self.done = 0
 
     def __enter__(self) -> Self:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
-        except OSError as error:
-            raise InputError(
-                f"{self.folder}: cannot be written ({error.strerror}); use another folder"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise BusyError(f"{self.folder}: another process is writing this dataset") from error
-        try:
+        with ExitStack() as opened:
+            opened.enter_context(cell_lock(self.folder))
             self._check_settings()
             self.done = self._repair()
-        except BaseException:
-            self._lock.close()
-            raise
+            self._open = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        self._open.close()
 
     def _check_settings(self) -> None:
         path = self.folder / "settings.json"
@@ -163,4 +150,7 @@ class Progress:
 
     def remove(self) -> None:
         """Delete the work folder."""
-        shutil.rmtree(self.folder)
+        # under another name first: who comes just now makes a folder of their own
+        gone = self.folder.with_name(f"{TEMPORARY_PREFIX}{self.folder.name}.{os.getpid()}")
+        self.folder.rename(gone)
+        shutil.rmtree(gone)

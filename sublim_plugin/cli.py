@@ -60,14 +60,28 @@ def _run_dir(study: Path, out: Path | None) -> Path:
 @STUDY
 @OUT
 @JSON
-@click.option("--engine", type=click.Choice(["local", "slurm"]), default="local", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray", "slurm"]),
+    default="local",
+    show_default=True,
+    help="Where cells are made: in processes on this machine, one a GPU, on a Ray cluster, or by"
+    " Slurm, which is given what is missing as job arrays.",
+)
+@click.option(
+    "--address",
+    help="Of a Ray cluster that exists.  [default: RAY_ADDRESS, else one is "
+    "started on this machine]",
+)
 @slurm_options
-def run(study: Path, out: Path | None, as_json: bool, engine: str, **slurm: Any) -> None:
+def run(
+    study: Path, out: Path | None, as_json: bool, engine: str, address: str | None, **slurm: Any
+) -> None:
     """Run a study file: every missing cell, then the report. Run it again to continue."""
     from sublim_plugin.analysis.collect import collect
     from sublim_plugin.analysis.tables import format_table
     from sublim_plugin.analysis.transmission import transmission_table
-    from sublim_plugin.study.run import run_study
+    from sublim_plugin.study.run import local_engine, run_study
 
     def say(text: str) -> None:
         click.echo(text, err=True)
@@ -76,7 +90,12 @@ def run(study: Path, out: Path | None, as_json: bool, engine: str, **slurm: Any)
     code = run_on_slurm(study, run_dir, engine, as_json=as_json, **slurm)
     if code is not None:
         sys.exit(code)
-    outcome = run_study(study, run_dir, say)
+    chosen: Any = local_engine
+    if engine == "ray":
+        from sublim_plugin.study.on_ray import ray_engine
+
+        chosen = ray_engine(address)
+    outcome = run_study(study, run_dir, say, chosen)
     rows = transmission_table(
         collect(run_dir, [(state.folder, state.state) for state in outcome.states])
     )

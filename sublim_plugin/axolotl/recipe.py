@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sublim_plugin.axolotl.checkpoints import RUN, SET_ASIDE
+from sublim_plugin.axolotl.forked import Forked
 from sublim_plugin.axolotl.receipt import RECEIPT_NAME, Receipt, read_receipt
 from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.contexts import Context
@@ -166,6 +169,7 @@ def run_training(
     env: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     launcher: str = "python",
+    forked: bool = False,
 ) -> Receipt:
     """Run `axolotl train` on `yaml_path` and return the receipt of the finished model.
 
@@ -177,6 +181,8 @@ def run_training(
     `progress(step, steps)` is called at every step. The child is killed when this process dies.
 
     `launcher`: axolotl's; its default, `accelerate`, sets one thread per process on a CPU.
+    `forked`: without axolotl's imports, from a process that has done them (see `axolotl.forked`;
+    where there are many trainings, on a CPU, with the launcher `python`).
 
     Raises:
         InputError: the plugin refused the YAML, the model or the dataset (axolotl exited with 2).
@@ -189,10 +195,11 @@ def run_training(
     _clear(partial, prepared, keep_checkpoints=resumable)
     partial.mkdir(parents=True, exist_ok=True)
     (partial / RECEIPT_NAME).unlink(missing_ok=True)
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(yaml_path.resolve())]
-    command += ["--launcher", launcher, "--output-dir", str(partial)]
+    command = ["train", str(yaml_path.resolve()), "--launcher", launcher]
+    command += ["--output-dir", str(partial)]
     try:
-        code = _run(command, log_path, _environment(prepared, env), partial.parent, progress)
+        environment = _environment(prepared, env)
+        code = _run(command, log_path, environment, partial.parent, progress, forked)
         if code == 0 and (partial / RECEIPT_NAME).is_file():
             receipt = read_receipt(partial)
             _install(partial, output_dir)
@@ -237,34 +244,47 @@ def _run(
     env: dict[str, str],
     cwd: Path,
     progress: Callable[[int, int], None] | None,
+    forked: bool,
 ) -> int:
-    with log_path.open("wb") as log:
-        child = subprocess.Popen(
-            command,
+    log_path.write_bytes(b"")
+    child = (Forked if forked else _started)(command, log_path, env, cwd)
+    try:
+        with log_path.open("rb") as log:
+            line = b""
+            while True:
+                code = child.poll()
+                new = log.read()
+                *complete, line = re.split(rb"[\r\n]", line + new)
+                for text in (*complete, line) if new else ():
+                    found = _TRAINER_BAR.match(text.decode("utf-8", "replace"))
+                    if found and progress is not None:
+                        progress(int(found[1]), int(found[2]))
+                if code is not None:
+                    return code
+                time.sleep(0.1)
+    finally:
+        if child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it leads no group yet
+                os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _started(
+    command: list[str], log_path: Path, env: dict[str, str], cwd: Path
+) -> subprocess.Popen[bytes]:
+    with log_path.open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "axolotl.cli.main", *command],
             cwd=cwd,
             env=env,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=die_with_parent(),
         )
-        try:
-            assert child.stdout is not None
-            line = b""
-            while chunk := os.read(child.stdout.fileno(), 65536):
-                log.write(chunk)
-                log.flush()
-                *complete, line = re.split(rb"[\r\n]", line + chunk)
-                for text in (*complete, line):
-                    found = _TRAINER_BAR.match(text.decode("utf-8", "replace"))
-                    if found and progress is not None:
-                        progress(int(found[1]), int(found[2]))
-            return child.wait()
-        finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
 
 
 def _install(partial: Path, output_dir: Path) -> None:

@@ -1,35 +1,62 @@
-"""Runs a study: every missing cell, one stage after the other, then the report.
+"""Runs a study: every missing cell, as soon as what it needs is there, then the report.
 
-The coordinator imports neither torch nor a host. Datasets and probes are made in one worker
-process each, which loads the base model once; each student is trained by axolotl in its own.
+The coordinator imports neither torch nor a host. Each of an engine's workers is a process that
+makes cells of one kind, one after the other, and loads the base model once. Nothing but the cells'
+folders says what is done and who works on what, so several coordinators, on several machines, may
+run one study into one folder.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sublim_plugin.core.base_models import fingerprint, is_prepared, resolve
 from sublim_plugin.core.errors import BusyError
 from sublim_plugin.core.hashing import sha256_json
-from sublim_plugin.core.lock import cell_lock
+from sublim_plugin.core.lock import cell_lock, held
 from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest, write_manifest
-from sublim_plugin.core.processes import die_with_parent
 from sublim_plugin.core.versions import installed
 from sublim_plugin.study.cells import Cell, plan
-from sublim_plugin.study.stages import require_chat_template, train_student
-from sublim_plugin.study.state import CellState, cell_state, read_error
+from sublim_plugin.study.gpus import gpus
+from sublim_plugin.study.local import GRACE_S, LocalWorker
+from sublim_plugin.study.schedule import Look, Schedule
+from sublim_plugin.study.stages import require_chat_template
+from sublim_plugin.study.state import CellState, cell_state
 from sublim_plugin.study.study_file import Study, load_study
+from sublim_plugin.study.view import Say, View
+from sublim_plugin.study.worker import LOG_NAME, Tell, record_failure
 
 REPORT = "report"
-Say = Callable[[str], None]
+DEATHS = 2
+"""How often a cell whose worker died is tried again before it counts as failed."""
+LOG_LINES = 12
+
+
+class Worker(Protocol):
+    """A process that makes cells, one at a time (see `local.LocalWorker`)."""
+
+    def make(self, cell_id: str, tell: Tell) -> tuple[int | None, str | None]: ...
+    def stop(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How many workers there are, and how the one of a number is started for a first cell.
+
+    It makes cells of that one's kind.
+    """
+
+    name: str
+    workers: int
+    start: Callable[[int, Cell], Worker]
 
 
 @dataclass(frozen=True)
@@ -41,28 +68,14 @@ class Outcome:
     report: Path
 
 
-@dataclass
-class _Clock:
-    """Wall time per kind of cell in this run, for the time left."""
+def local_engine(study_path: Path, run_dir: Path) -> Engine:
+    """A worker for each GPU of this machine, or one on the CPU."""
+    devices = gpus()
 
-    cells: Sequence[Cell]
-    say: Say
-    spent: dict[str, list[float]] = field(default_factory=dict)
-    finished: set[str] = field(default_factory=set)
+    def start(number: int, cell: Cell) -> Worker:
+        return LocalWorker(study_path, run_dir, devices[number] if devices else None)
 
-    def done(self, cell: Cell, seconds: float, word: str) -> None:
-        self.finished.add(cell.id)
-        self.spent.setdefault(cell.kind, []).append(seconds)
-        left = 0.0
-        known = True
-        for other in self.cells:
-            if other.id not in self.finished:
-                times = self.spent.get(other.kind)
-                known = known and bool(times)
-                left += sum(times) / len(times) if times else 0.0
-        remaining = f", about {_minutes(left)} left" if known and left else ""
-        count = f"[{len(self.finished)}/{len(self.cells)}]"
-        self.say(f"{count} {cell.kind} {cell.label}: {word} in {_minutes(seconds)}{remaining}")
+    return Engine("local", max(1, len(devices)), start)
 
 
 def planned(study_path: Path) -> tuple[Study, Path, list[Cell]]:
@@ -92,34 +105,30 @@ def states_of(study_path: Path, run_dir: Path) -> tuple[list[CellState], bool]:
     return [cell_state(cell, run_dir) for cell in cells], True
 
 
-def run_study(study_path: Path, run_dir: Path, say: Say) -> Outcome:
+def run_study(
+    study_path: Path,
+    run_dir: Path,
+    say: Say,
+    engine: Callable[[Path, Path], Engine] = local_engine,
+) -> Outcome:
     """Make every cell that is missing, then the report. Finished cells are not made again.
+
+    On SIGTERM, and on Ctrl-C, workers get `GRACE_S` seconds to keep what they have.
 
     Raises:
         InputError: the study, its base model or a finished cell does not fit; nothing was started.
-        BusyError: another process runs this study into the same folder.
     """
     if not is_prepared(load_study(study_path).base_model):
         say("preparing the base model (once)")
-    study, base, cells = planned(study_path)
-    with cell_lock(run_dir):
+    study, _, cells = planned(study_path)
+    states = [cell_state(cell, run_dir) for cell in cells]
+    done = [state.cell.id for state in states if state.state == "done"]
+    say(f"{study.name}: {len(cells)} cells, {len(done)} done, in {run_dir}")
+    codes: list[int] = []
+    if len(done) < len(cells):
+        codes = _make_all(Schedule(cells, done), engine(study_path, run_dir), run_dir, say)
         states = [cell_state(cell, run_dir) for cell in cells]
-        busy = [state.cell.label for state in states if state.state == "running"]
-        if busy:
-            raise BusyError(f"{run_dir}: another process is working on {', '.join(busy)}")
-        missing = [state.cell for state in states if state.state != "done"]
-        say(f"{study.name}: {len(cells)} cells, {len(cells) - len(missing)} done, in {run_dir}")
-        codes = []
-        clock = _Clock(missing, say)
-        for kind in ("dataset", "student", "probe", "localization"):
-            todo = [cell for cell in missing if cell.kind == kind and _ready(cell, cells, run_dir)]
-            if kind == "student":
-                for cell in todo:
-                    codes.append(_train(cell, cells, study, base, run_dir, clock))
-            elif todo:
-                codes.append(_in_worker(todo, study_path, run_dir, clock))
-        states = [cell_state(cell, run_dir) for cell in cells]
-        index = write_report_if_changed(study, study_path, run_dir, states)
+    index = write_report_if_changed(study, study_path, run_dir, states)
     failed = [state for state in states if state.state != "done"]
     for state in failed:
         first = (state.error or "not started: an input is missing").splitlines()[0]
@@ -127,72 +136,136 @@ def run_study(study_path: Path, run_dir: Path, say: Say) -> Outcome:
     return Outcome(max(codes, default=0) or (1 if failed else 0), states, index)
 
 
-def _ready(cell: Cell, cells: Sequence[Cell], run_dir: Path) -> bool:
-    needed = [other for other in cells if other.id in cell.needs]
-    return all((other.folder(run_dir) / MANIFEST_NAME).is_file() for other in needed)
+class _Run:
+    """One run's workers, each with a thread of its own that hands it cells."""
+
+    def __init__(self, schedule: Schedule, engine: Engine, run_dir: Path, view: View) -> None:
+        self.schedule, self.engine, self.run_dir, self.view = schedule, engine, run_dir, view
+        self.codes: list[int] = []
+        self.error: BaseException | None = None
+        self._deaths: dict[str, int] = {}
+        self._workers: dict[int, Worker] = {}
+
+    def stop(self) -> None:
+        self.schedule.stop()
+        for worker in list(self._workers.values()):
+            worker.stop()
+
+    def serve(self, number: int) -> None:
+        """A thread's work: cells for one worker until none is left."""
+        try:
+            kind: str | None = None
+            while (cell := self.schedule.take(kind, self._look)) is not None:
+                if cell.kind != kind:
+                    self._close(number)
+                kind = cell.kind
+                self._make(number, cell)
+        except BaseException as error:
+            self.error = error
+            self.schedule.stop()
+        finally:
+            self._close(number)
+
+    def _look(self, cell: Cell) -> Look:
+        folder = cell.folder(self.run_dir)
+        if (folder / MANIFEST_NAME).is_file():
+            return "done"
+        if held(folder):
+            self.view.waiting(cell)
+            return "busy"
+        return "open"
+
+    def _make(self, number: int, cell: Cell) -> None:
+        self.view.started(cell)
+        if number not in self._workers:
+            self._workers[number] = self.engine.start(number, cell)
+            if self.schedule.stopped:  # stopped while it started
+                self._workers[number].stop()
+
+        def tell(at: int, of: int) -> None:
+            self.view.progress(cell, at, of)
+
+        code, error = self._workers[number].make(cell.id, tell)
+        folder = cell.folder(self.run_dir)
+        if code is None:
+            self._close(number)
+            if self.schedule.stopped:
+                return
+            deaths = self._deaths[cell.id] = self._deaths.get(cell.id, 0) + 1
+            if deaths <= DEATHS:
+                self.schedule.ended(cell, "again")
+                self.view.ended(cell, f"{error}; tried again")
+                return
+            code, error = 1, f"{error} {deaths} times; {_log_end(folder / LOG_NAME)}"
+            record_failure(folder, error)
+        if code == BusyError.exit_code:
+            self.schedule.ended(cell, "busy")
+            self.view.waiting(cell)
+            return
+        if code:
+            self.codes.append(code)
+        self.schedule.ended(cell, "failed" if code else "done")
+        self.view.ended(cell, "failed" if code else "done", error)
+
+    def _close(self, number: int) -> None:
+        worker = self._workers.pop(number, None)
+        if worker is not None:
+            worker.close()
 
 
-def _train(
-    cell: Cell, cells: Sequence[Cell], study: Study, base: Path, run_dir: Path, clock: _Clock
-) -> int:
-    from tqdm import tqdm
-
-    from sublim_plugin.study.worker import attempt
-
-    dataset = next(other for other in cells if other.id in cell.needs)
-    started = time.monotonic()
-    with tqdm(desc=cell.label, unit="step", disable=None, leave=False) as bar:
-
-        def show(step: int, steps: int) -> None:
-            bar.total = steps
-            bar.update(step - bar.n)
-
-        folder = cell.folder(run_dir)
-        work = partial(
-            train_student,
-            cell,
-            folder,
-            base=base,
-            study=study,
-            dataset=dataset.folder(run_dir),
-            progress=show,
-        )
-        code = attempt(folder, work)
-    clock.done(cell, time.monotonic() - started, "failed" if code else "done")
-    return code
-
-
-def _in_worker(cells: Sequence[Cell], study_path: Path, run_dir: Path, clock: _Clock) -> int:
-    """Run a worker over the cells, telling of each one as its manifest or its error appears."""
-    command = [sys.executable, "-P", "-m", "sublim_plugin.study.worker"]
-    command += [str(study_path), str(run_dir), *(cell.id for cell in cells)]
-    for cell in cells:
-        (cell.folder(run_dir) / "error.txt").unlink(missing_ok=True)
-    started = time.monotonic()
-    # Threads that wait without spinning: beside another busy process, spinning costs many times
-    # the work.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, env=environment, preexec_fn=die_with_parent()
-    )
-    open_cells = list(cells)
+def _make_all(schedule: Schedule, engine: Engine, run_dir: Path, say: Say) -> list[int]:
+    """Make all cells; returns the exit codes of those that failed."""
+    view = View(schedule, engine.workers, say)
+    run = _Run(schedule, engine, run_dir, view)
+    threads = [
+        threading.Thread(target=run.serve, args=(number,), name=f"worker {number}", daemon=True)
+        for number in range(engine.workers)
+    ]
     try:
-        while True:
-            ended = child.poll() is not None
-            for cell in list(open_cells):
-                folder = cell.folder(run_dir)
-                done = (folder / MANIFEST_NAME).is_file()
-                if done or read_error(folder):
-                    open_cells.remove(cell)
-                    clock.done(cell, time.monotonic() - started, "done" if done else "failed")
-                    started = time.monotonic()
-            if ended:
-                return child.returncode if child.returncode >= 0 else 1
-            time.sleep(0.1)
+        with _sigterm_interrupts(say):
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                for thread in threads:
+                    thread.join(0.1)
     finally:
-        if child.poll() is None:
-            child.terminate()
-            child.wait()
+        run.stop()
+        until = time.monotonic() + GRACE_S + 5
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        view.close()
+    if run.error is not None:
+        raise run.error
+    return run.codes
+
+
+class Terminated(SystemExit):
+    """SIGTERM: a batch system wants the machine back."""
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts(say: Say) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        say("stopped by SIGTERM; the same command continues")
+        raise Terminated(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _log_end(log: Path) -> str:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+    except OSError:
+        return f"it left no {log}"
+    return "\n".join([f"{log} ends with:", *lines])
 
 
 def write_report_if_changed(
@@ -218,32 +291,50 @@ def write_report_if_changed(
             for state in states
         },
     }
-    if index.is_file() and (folder / MANIFEST_NAME).is_file():
-        if read_manifest(folder).id == sha256_json(spec)[:12]:
-            return index
-        (folder / MANIFEST_NAME).unlink()
+    if _is_current(folder, spec):
+        return index
     started = time.time()
-    refs = [
-        CellRef(folder=s.folder, state=s.state, label=s.cell.label, error=s.error) for s in states
-    ]
-    write_report(
-        run_dir,
-        study_name=study.name,
-        cells=refs,
-        study_text=text,
-        equivalence_margin=study.equivalence_margin,
-    )
-    write_manifest(
-        folder,
-        kind="report",
-        id=sha256_json(spec)[:12],
-        label=study.name,
-        spec=spec,
-        outputs=[str(path.relative_to(folder)) for path in own_files(folder)],
-        started=started,
-    )
+    with _alone(folder):
+        if _is_current(folder, spec):
+            return index
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        refs = [
+            CellRef(folder=s.folder, state=s.state, label=s.cell.label, error=s.error)
+            for s in states
+        ]
+        write_report(
+            run_dir,
+            study_name=study.name,
+            cells=refs,
+            study_text=text,
+            equivalence_margin=study.equivalence_margin,
+        )
+        write_manifest(
+            folder,
+            kind="report",
+            id=sha256_json(spec)[:12],
+            label=study.name,
+            spec=spec,
+            outputs=[str(path.relative_to(folder)) for path in own_files(folder)],
+            started=started,
+        )
     return index
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {seconds % 60:.0f} s"
+def _is_current(folder: Path, spec: dict[str, Any]) -> bool:
+    if not (folder / "index.html").is_file() or not (folder / MANIFEST_NAME).is_file():
+        return False
+    return read_manifest(folder).id == sha256_json(spec)[:12]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, after whoever else writes the report: that takes seconds."""
+    with contextlib.ExitStack() as opened:
+        while True:
+            try:
+                opened.enter_context(cell_lock(folder))
+                break
+            except BusyError:
+                time.sleep(0.5)
+        yield

@@ -22,7 +22,14 @@ from sublim_plugin.study.study_file import Study
 MODEL = "model"
 
 
-def make_dataset(cell: Cell, folder: Path, *, base: Path, study: Study, progress: bool) -> None:
+def make_dataset(
+    cell: Cell,
+    folder: Path,
+    *,
+    base: Path,
+    study: Study,
+    tell: Callable[[int, int], None] | None = None,
+) -> None:
     """Generate a dataset (it resumes by itself; see `data_gen.generate`)."""
     from data_gen.generate import generate_dataset
     from data_gen.teachers import prompted
@@ -36,7 +43,7 @@ def make_dataset(cell: Cell, folder: Path, *, base: Path, study: Study, progress
         teacher=prompted(trait),
         settings=study.datasets.settings(cell.spec["generation_seed"]),
         batch_size=study.datasets.batch_size,
-        progress=progress,
+        tell=tell,
         label=cell.label,
     )
 
@@ -49,11 +56,12 @@ def train_student(
     study: Study,
     dataset: Path,
     progress: Callable[[int, int], None] | None = None,
+    forked: bool = False,
 ) -> None:
     """Train a student with axolotl, in axolotl's own process, from the cell's own YAML."""
     from sublim_plugin.axolotl.recipe import run_training, write_axolotl_yaml
 
-    with cell_lock(folder):
+    with cell_lock(folder) as lock:
         if (folder / MANIFEST_NAME).is_file():
             return
         started = time.time()
@@ -70,7 +78,9 @@ def train_student(
             overrides=overrides,
             context=Context.parse(cell.spec["train_context"]),
         )
-        receipt = run_training(folder / "axolotl.yaml", folder / "train.log", progress=progress)
+        receipt = run_training(
+            folder / "axolotl.yaml", folder / "train.log", progress=progress, forked=forked
+        )
         expected = source.outputs[rows.name].sha256
         if receipt.dataset.sha256 != expected:
             raise RunError(
@@ -82,6 +92,7 @@ def train_student(
                 f"{folder}: training changed no weight in {receipt.steps} steps; a null from this"
                 " student would mean nothing. Give it more rows or epochs, or less warm-up"
             )
+        lock.check()
         written = [path for path in sorted((folder / MODEL).rglob("*")) if path.is_file()]
         write_manifest(
             folder,
@@ -124,7 +135,7 @@ def score_probe(
         student: the student's folder of weights and its method; None for the base.
         progress: called with (prompts scored, prompts in all).
     """
-    with cell_lock(folder):
+    with cell_lock(folder) as lock:
         if (folder / MANIFEST_NAME).is_file():
             return
         started = time.time()
@@ -146,6 +157,7 @@ def score_probe(
             category_traits(cell.spec["category"]),
             progress=progress,
         )
+        lock.check()
         write_manifest(
             folder,
             kind="probe",

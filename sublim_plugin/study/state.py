@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any, Literal
 
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import canonical_json
-from sublim_plugin.core.lock import LOCK_NAME
+from sublim_plugin.core.lock import held
 from sublim_plugin.core.manifest import MANIFEST_NAME, Manifest, read_manifest, verify
 from sublim_plugin.study.cells import Cell
 
@@ -48,7 +46,7 @@ def cell_state(cell: Cell, run_dir: Path) -> CellState:
                 f" it was changed or moved. Delete {folder} and run again"
             )
         return CellState(cell, folder, "done", manifest=manifest)
-    if _held(folder):
+    if held(folder):
         return CellState(cell, folder, "running")
     error = read_error(folder)
     return CellState(cell, folder, "failed" if error else "missing", error)
@@ -60,21 +58,6 @@ def read_error(folder: Path) -> str | None:
         return (folder / ERROR_NAME).read_text(encoding="utf-8").strip() or "failed"
     except OSError:
         return None
-
-
-def _held(folder: Path) -> bool:
-    for path in (folder / LOCK_NAME, folder / "work" / "lock"):
-        try:
-            descriptor = os.open(path, os.O_RDWR)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        finally:
-            os.close(descriptor)
-    return False
 
 
 def why(state: CellState, run_dir: Path, cells: Sequence[Cell]) -> str:

@@ -78,7 +78,7 @@ def test_a_localization_is_a_cell_and_stands_in_the_report(ran: Ran) -> None:
     assert {part["kind"] for part in measured["parts"]} == {"span"}
     report = Path(ran.printed["report"])
     assert "Where it sits" in report.read_text()
-    assert list((report.parent / "localization").glob("*-strip.svg"))
+    assert list((report.parent / "localization").glob("*-spans.svg"))
 
 
 def test_a_second_run_makes_nothing_and_is_quick(ran: Ran) -> None:
