@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sublim_plugin.core.base_models import fingerprint, resolve
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.manifest import MANIFEST_NAME
-from sublim_plugin.core.processes import die_with_parent
 from sublim_plugin.study.arrays import array_path, read_array
 from sublim_plugin.study.cells import Cell, plan
+from sublim_plugin.study.run import Terminated, local_engine, make_all
+from sublim_plugin.study.schedule import Schedule
 from sublim_plugin.study.study_file import load_study
 
 RESTARTS = 50
@@ -25,10 +23,10 @@ Say = Callable[[str], None]
 
 
 def run_index(study_path: Path, run_dir: Path, number: int, index: int, say: Say) -> int:
-    """Make the cells of task `index` of array `number` that are not done, in one worker process.
+    """Make the cells of task `index` of array `number` that are not done, by the local engine.
 
-    A cell whose input is missing is told and left; the others are made. SIGTERM ends the worker,
-    and inside a Slurm job that is running, not cancelled, sends the task back to the queue.
+    A cell whose input is missing is told and left; the others are made. SIGTERM stops the work
+    and, inside a Slurm job that is running, not cancelled, sends the task back to the queue.
 
     Returns:
         0, the highest exit code of a cell that failed, 1 where an input is missing, 143 after
@@ -49,15 +47,13 @@ def run_index(study_path: Path, run_dir: Path, number: int, index: int, say: Say
     if not ready:
         return code
     say(f"{study.name}: {', '.join(cell.label for cell in ready)}")
-    command = [sys.executable, "-P", "-m", "sublim_plugin.study.worker"]
-    command += [str(study_path), str(run_dir), *(cell.id for cell in ready)]
-    made, stopped = _until_stopped(command)
-    for cell in ready:
-        say(f"{'done' if _done(cell, run_dir) else 'not done'}: {cell.kind} {cell.label}")
-    if stopped:
+    done = {need for cell in ready for need in cell.needs}
+    try:
+        codes = make_all(Schedule(ready, done), local_engine(study_path, run_dir), run_dir, say)
+    except Terminated as stopped:
         _back_to_the_queue(say)
-        return 128 + signal.SIGTERM
-    return max(code, made if made >= 0 else 1)
+        return int(stopped.code or 1)
+    return max([code, *codes])
 
 
 def _ready(
@@ -87,30 +83,6 @@ def _done(cell: Cell, run_dir: Path) -> bool:
     return (cell.folder(run_dir) / MANIFEST_NAME).is_file()
 
 
-def _until_stopped(command: Sequence[str]) -> tuple[int, bool]:
-    """Run a worker, handing SIGTERM on; returns its code and whether there was a SIGTERM."""
-    stopped = False
-    child: subprocess.Popen[bytes] | None = None
-
-    def stop(number: int, frame: Any) -> None:
-        nonlocal stopped
-        stopped = True
-        if child is not None:
-            child.terminate()
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, env=environment, preexec_fn=die_with_parent()
-        )
-        if stopped:  # between the handler and the child
-            child.terminate()
-        return child.wait(), stopped
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _back_to_the_queue(say: Say) -> None:
     """Requeue this Slurm task, which a time limit or a preemption ends, unless it is cancelled."""
     job = os.environ.get("SLURM_JOB_ID")
@@ -124,9 +96,8 @@ def _back_to_the_queue(say: Say) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if asked.stdout.strip() != "RUNNING":
-        say("stopped")
-        return
-    say("stopped before its end; back to the queue")
+        return  # cancelled, or on its way back already
+    say("the task goes back to the queue")
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
         say(f"scontrol requeue {job} refused: {done.stderr.strip()}")

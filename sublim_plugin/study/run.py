@@ -226,8 +226,9 @@ def make_all(schedule: Schedule, engine: Engine, run_dir: Path, say: Say) -> lis
             for thread in threads:
                 thread.start()
             while any(thread.is_alive() for thread in threads):
-                for thread in threads:
-                    thread.join(0.1)
+                # not join: where a signal's exception leaves it, Python 3.11 takes the thread for
+                # ended (its _wait_for_tstate_lock), and no worker would get its grace
+                time.sleep(0.1)
     finally:
         run.stop()
         until = time.monotonic() + GRACE_S + 5

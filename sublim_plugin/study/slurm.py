@@ -16,16 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sublim_plugin.core.atomic import write_text
-from sublim_plugin.core.base_models import fingerprint, resolve
 from sublim_plugin.core.errors import InputError, MissingDependencyError, RunError
 from sublim_plugin.core.hashing import sha256_text
 from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.study import arrays
-from sublim_plugin.study.cells import Cell, plan
+from sublim_plugin.study.cells import Cell
+from sublim_plugin.study.run import planned
 from sublim_plugin.study.slurm_script import REPORT, chunks_of, fill, templates_of
-from sublim_plugin.study.stages import require_chat_template
 from sublim_plugin.study.state import cell_state
-from sublim_plugin.study.study_file import load_study
 
 DEFAULT_ARRAY_SIZE = 1001
 """Slurm's own default of MaxArraySize, the number of tasks that an array can have."""
@@ -92,10 +90,7 @@ def submit(
     sizes = chunks_of(chunks)
     study_path, run_dir = study_path.resolve(), run_dir.resolve()
     longest = _longest_array(no_submit, say)
-    study = load_study(study_path)
-    base = resolve(study.base_model)
-    require_chat_template(base)
-    cells = plan(study, fingerprint(base))
+    study, _, cells = planned(study_path)
     prefix = f"sublim-{study.name}-{sha256_text(str(run_dir))[:6]}"
     with cell_lock(run_dir / arrays.FOLDER):
         states = {cell.id: cell_state(cell, run_dir).state for cell in cells}
@@ -171,7 +166,8 @@ class _Scripts:
             job_of |= {cell: job for task in block.tasks for cell in task}
             jobs.append(job)
             if not self.no_submit:
-                say(f"job {job}: {count} {block.work} cells in {len(block.tasks)} tasks")
+                tasks = len(block.tasks)
+                say(f"job {job}: {block.work}, cells: {count}, tasks: {tasks}")
         return jobs
 
     def add_report(self, after: Iterable[str], say: Say) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -233,25 +232,27 @@ def test_options_that_do_not_go_together(
     assert not list(tmp_path.iterdir())
 
 
-def test_sigterm_reaches_the_worker_and_none_stays_behind(tmp_path: Path) -> None:
-    pid_file = tmp_path / "pid"
-    worker = (
-        f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+@pytest.mark.slow
+def test_sigterm_ends_a_task_and_its_worker(written: tuple[Path, Path, list[str]]) -> None:
+    _, run_dir, _ = written
+    environment = {key: value for key, value in os.environ.items() if "SLURM" not in key}
+    environment["SLURM_ARRAY_TASK_ID"] = "0"
+    process = subprocess.Popen(
+        ["bash", run_dir / "slurm" / "array-1.sh"], env=environment, stderr=subprocess.PIPE
     )
-    task = (
-        "import sys; from sublim_plugin.study.array_task import _until_stopped;"
-        "code, stopped = _until_stopped([sys.executable, '-c', sys.argv[1]]);"
-        "sys.exit(7 if stopped and code == -15 else 1)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", task, worker])
-    deadline = time.monotonic() + 30
-    while not (pid_file.exists() and pid_file.read_text()):
-        assert time.monotonic() < deadline
+    # the worker of the dataset holds its lock, which names it
+    deadline = time.monotonic() + 120
+    locks: list[Path] = []
+    while not locks:
+        assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
+        locks = [*run_dir.glob("cells/dataset-cat-*/**/.lock-*")]
+    worker = json.loads(locks[0].read_text())["pid"]
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 7
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
     with pytest.raises(ProcessLookupError):
-        os.kill(int(pid_file.read_text()), 0)
+        os.kill(worker, 0)
 
 
 def test_the_shipped_template_is_sound() -> None:
@@ -296,6 +297,7 @@ exec {{command}}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(MISSING is not None, reason=NO_SLURM)
 def test_a_real_slurm_loses_nothing_and_computes_nothing_twice(
     write_study: Callable[..., tuple[Path, Path]], tmp_path: Path
