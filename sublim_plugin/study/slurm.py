@@ -100,7 +100,8 @@ def submit(
         room = None if max_tasks is None else max_tasks - queue.tasks - 1
         blocks = arrays.lay_out(cells, todo, chunks=sizes, longest=longest, most_tasks=room)
         script = _Scripts(study_path, run_dir, prefix, texts, throttle, no_submit)
-        jobs = script.add_all(blocks, queue.job_of, say)
+        jobs, job_of = script.add_all(blocks, queue.job_of, say)
+        script.let_wait(cells, queue.job_of, job_of, set(jobs), say)
         if blocks or (queue.job_of and not queue.reports):
             jobs.append(script.add_report([*queue.job_of.values(), *jobs], say))
     queued = sum(cell_id not in done for cell_id in queue.job_of)
@@ -142,9 +143,16 @@ class _Scripts:
             fill(text, name, self._values(work, []))
 
     def add_all(
-        self, blocks: Sequence[arrays.Block], job_of: dict[str, str], say: Say
-    ) -> list[str]:
-        """Submit arrays, each after the jobs of the cells that it needs; returns their jobs."""
+        self, blocks: Sequence[arrays.Block], job_of: Mapping[str, str], say: Say
+    ) -> tuple[list[str], dict[str, str]]:
+        """Submit arrays, each after the jobs of the cells that it needs.
+
+        Args:
+            job_of: the job of each cell that is in the queue.
+
+        Returns:
+            The arrays' jobs, and `job_of` with their cells.
+        """
         job_of = dict(job_of)
         jobs = []
         number = max(arrays.array_numbers(self.run_dir), default=0)
@@ -168,7 +176,38 @@ class _Scripts:
             if not self.no_submit:
                 tasks = len(block.tasks)
                 say(f"job {job}: {block.work}, cells: {count}, tasks: {tasks}")
-        return jobs
+        return jobs, job_of
+
+    def let_wait(
+        self,
+        cells: Sequence[Cell],
+        queued: Mapping[str, str],
+        job_of: Mapping[str, str],
+        new: set[str],
+        say: Say,
+    ) -> None:
+        """Make jobs that were in the queue wait for new ones that make what their cells need.
+
+        A student that failed is submitted again while its probe still waits for the rest of the
+        student's first array.
+        """
+        after: dict[str, set[str]] = {}
+        for cell in cells:
+            if cell.id in queued:
+                jobs = {job_of[need] for need in cell.needs if need in job_of}
+                after.setdefault(queued[cell.id], set()).update(jobs)
+        for job, jobs in after.items():
+            if not jobs & new:
+                continue
+            command = ["scontrol", "update", f"JobId={job}"]
+            command.append(f"Dependency=afterany:{':'.join(sorted(jobs))}")
+            if self.no_submit:
+                self.commands.append(" ".join(command))
+                continue
+            try:
+                _ask(command)
+            except RunError as error:  # a task of it has begun: its cell will say what it misses
+                say(f"job {job} does not wait for {', '.join(sorted(jobs & new))}: {error}")
 
     def add_report(self, after: Iterable[str], say: Say) -> str:
         """Submit the report's job after all others."""
@@ -279,9 +318,10 @@ def _ask(command: Sequence[str], more: str = "") -> str:
             timeout=_TIMEOUT_S,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
+        said = (error.stderr or b"").decode("utf-8", "replace").strip()
         raise RunError(
-            f"{command[0]} did not answer within {_TIMEOUT_S:.0f} s{more}; the same command"
-            " continues"
+            f"{command[0]} did not end within {_TIMEOUT_S:.0f} s ({said or 'it said nothing'})"
+            f"{more}. The same command continues"
         ) from error
     if done.returncode:
         raise RunError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -20,7 +21,7 @@ from sublim_plugin.core.errors import InputError, MissingDependencyError, RunErr
 from sublim_plugin.core.manifest import MANIFEST_NAME
 from sublim_plugin.study.arrays import CHUNKS, array_path, lay_out, read_array
 from sublim_plugin.study.cells import Cell, plan
-from sublim_plugin.study.slurm import submit
+from sublim_plugin.study.slurm import Submission, submit
 from sublim_plugin.study.slurm_command import run_on_slurm
 from sublim_plugin.study.slurm_script import SHIPPED, chunks_of, fill, templates_of
 from sublim_plugin.study.study_file import load_study
@@ -284,6 +285,52 @@ def test_skypilot_itself_takes_the_example() -> None:
     sky = pytest.importorskip("sky", reason="no skypilot here: pip install skypilot, run again")
     task = sky.Task.from_yaml(str(ROOT / "examples" / "skypilot.yaml"))
     assert task.num_nodes == 1 and list(task.storage_mounts) == ["/runs"]
+
+
+HELD = """\
+#!/bin/bash
+#SBATCH --hold
+exec {{command}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MISSING is not None, reason=NO_SLURM)
+def test_a_real_queue_is_asked_before_anything_is_submitted(
+    write_study: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, _ = write_study("slurm-held", full=False)
+    template, slurm = tmp_path / "held.sh", tmp_path / "slurm"
+    template.write_text(HELD)
+    slurm.mkdir()
+    with one_node_slurm(slurm, longest=2) as environment:
+        for name in ("PATH", "SLURM_CONF"):
+            monkeypatch.setenv(name, environment[name])
+
+        def command(**options: Any) -> Submission:
+            templates = [str(template)]
+            return submit(study, tmp_path / "run", templates=templates, say=print, **options)
+
+        def dependencies(job: str) -> set[str]:
+            listed = ask(environment, "squeue", "-h", f"-j{job}", "-o%E")
+            return {part.partition("_")[0].partition("(")[0] for part in re.split("[:,]", listed)}
+
+        with pytest.raises(RunError, match="room for 3 tasks, and these cells need at least 4"):
+            command(max_tasks=4)
+        first = command(chunks=["1"], throttle=1)
+        datasets, _, students, probes, report = first.jobs
+        assert (first.submitted, first.total) == (7, 7)
+        assert ask(environment, "squeue", "-h", f"-j{datasets}", "-o%K") == "0-1%1"
+        assert dependencies(students) == {"afterany", datasets}
+        assert dependencies(report) >= {"afterany", datasets, students, probes}
+        again = command()
+        assert (again.submitted, again.queued, again.jobs) == (0, 7, [])
+        # the student is lost; what waits in the queue for it waits for the new one
+        ask(environment, "scancel", students)
+        lost = command()
+        assert (lost.submitted, lost.queued, len(lost.jobs)) == (1, 6, 2)
+        assert dependencies(probes) == {"afterany", lost.jobs[0]}
+        assert dependencies(lost.jobs[0]) == {"afterany", datasets}
 
 
 LAB = """\
