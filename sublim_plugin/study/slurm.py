@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sublim_plugin.core.atomic import write_text
-from sublim_plugin.core.errors import InputError, MissingDependencyError, RunError
+from sublim_plugin.core.errors import RunError
 from sublim_plugin.core.hashing import sha256_text
 from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.study import arrays
 from sublim_plugin.study.cells import Cell
 from sublim_plugin.study.run import planned
+from sublim_plugin.study.slurm_queue import ask, longest_array, queue_of
 from sublim_plugin.study.slurm_script import REPORT, chunks_of, fill, templates_of
 from sublim_plugin.study.state import cell_state
 
-DEFAULT_ARRAY_SIZE = 1001
-"""Slurm's own default of MaxArraySize, the number of tasks that an array can have."""
-_TIMEOUT_S = 120.0
 Say = Callable[[str], None]
 
 
@@ -49,15 +45,6 @@ class Submission:
     elsewhere: int
     done: int
     total: int
-
-
-@dataclass(frozen=True)
-class _Queue:
-    """What Slurm has of this run: each cell's job, the number of tasks, the reports' jobs."""
-
-    job_of: dict[str, str]
-    tasks: int
-    reports: list[str]
 
 
 def submit(
@@ -89,13 +76,13 @@ def submit(
     texts = templates_of(templates)
     sizes = chunks_of(chunks)
     study_path, run_dir = study_path.resolve(), run_dir.resolve()
-    longest = _longest_array(no_submit, say)
+    longest = longest_array(no_submit, say)
     study, _, cells = planned(study_path)
     prefix = f"sublim-{study.name}-{sha256_text(str(run_dir))[:6]}"
     with cell_lock(run_dir / arrays.FOLDER):
         states = {cell.id: cell_state(cell, run_dir).state for cell in cells}
         done = {cell_id for cell_id, state in states.items() if state == "done"}
-        queue = _queue(run_dir, done, f"{prefix}-{REPORT}", no_submit)
+        queue = queue_of(run_dir, done, f"{prefix}-{REPORT}", no_submit)
         todo, elsewhere = _to_submit(cells, states, queue.job_of)
         room = None if max_tasks is None else max_tasks - queue.tasks - 1
         blocks = arrays.lay_out(cells, todo, chunks=sizes, longest=longest, most_tasks=room)
@@ -205,7 +192,7 @@ class _Scripts:
                 self.commands.append(" ".join(command))
                 continue
             try:
-                _ask(command)
+                ask(command)
             except RunError as error:  # a task of it has begun: its cell will say what it misses
                 say(f"job {job} does not wait for {', '.join(sorted(jobs & new))}: {error}")
 
@@ -261,71 +248,5 @@ class _Scripts:
             quoted = " ".join([*map(shlex.quote, words), *last, shlex.quote(str(path))])
             self.commands.append(f"{variable}=$({quoted})")
             return f"${variable}"
-        printed = _ask([*words, *last, str(path)], "; what was submitted before stays queued")
+        printed = ask([*words, *last, str(path)], "; what was submitted before stays queued")
         return printed.strip().split(";")[0]
-
-
-def _queue(run_dir: Path, done: set[str], report: str, no_submit: bool) -> _Queue:
-    """What of this run is in the queue, by the names of its jobs."""
-    files = {}
-    for number in arrays.array_numbers(run_dir):
-        file = arrays.read_array(run_dir, number)
-        if any(cell not in done for task in file.tasks for cell in task):
-            files[file.job_name] = file
-    job_of: dict[str, str] = {}
-    tasks, reports = 0, []
-    if no_submit and shutil.which("squeue") is None:
-        return _Queue({}, 0, [])
-    listed = _ask(
-        [
-            "squeue",
-            "--noheader",
-            "--array",
-            "--format=%F|%K|%j",
-            f"--name={','.join([*files, report])}",
-        ]
-    )
-    for line in listed.splitlines():
-        job, index, name = line.strip().split("|")
-        if name == report:
-            reports.append(job)
-        else:
-            tasks += 1
-            job_of |= dict.fromkeys(files[name].tasks[int(index)], job)
-    return _Queue(job_of, tasks, reports)
-
-
-def _longest_array(no_submit: bool, say: Say) -> int:
-    if shutil.which("sbatch") is None:
-        if no_submit:
-            say(f"no Slurm on this machine: arrays of up to {DEFAULT_ARRAY_SIZE} tasks")
-            return DEFAULT_ARRAY_SIZE
-        raise MissingDependencyError(
-            "sbatch: not found, so this machine is no login node of a Slurm cluster. Run the"
-            " command on one, write the scripts only (--no-submit), or use --engine local"
-        )
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask(["scontrol", "show", "config"]), re.M)
-    if found is None or int(found[1]) < 1:
-        raise InputError("this Slurm allows no job arrays (MaxArraySize in `scontrol show config`)")
-    return int(found[1])
-
-
-def _ask(command: Sequence[str], more: str = "") -> str:
-    """Run one of Slurm's commands and return what it prints."""
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-            timeout=_TIMEOUT_S,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        said = (error.stderr or b"").decode("utf-8", "replace").strip()
-        raise RunError(
-            f"{command[0]} did not end within {_TIMEOUT_S:.0f} s ({said or 'it said nothing'})"
-            f"{more}. The same command continues"
-        ) from error
-    if done.returncode:
-        raise RunError(
-            f"{command[0]} refused: {done.stderr.strip() or 'without a message'}{more}."
-            " The same command continues"
-        )
-    return done.stdout
