@@ -15,6 +15,8 @@ import click
 
 from sublim_plugin import __version__
 from sublim_plugin.core.errors import SublimError
+from sublim_plugin.study.slurm_command import run_on_slurm, slurm_options
+from sublim_plugin.study.slurm_command import template as slurm_template
 
 STUDY = click.argument("study", type=click.Path(path_type=Path))
 OUT = click.option(
@@ -60,17 +62,21 @@ def _run_dir(study: Path, out: Path | None) -> Path:
 @JSON
 @click.option(
     "--engine",
-    type=click.Choice(["local", "ray"]),
+    type=click.Choice(["local", "ray", "slurm"]),
     default="local",
     show_default=True,
-    help="Where cells are made: in processes on this machine, one a GPU, or on a Ray cluster.",
+    help="Where cells are made: in processes on this machine, one a GPU, on a Ray cluster, or by"
+    " Slurm, which is given what is missing as job arrays.",
 )
 @click.option(
     "--address",
     help="Of a Ray cluster that exists.  [default: RAY_ADDRESS, else one is "
     "started on this machine]",
 )
-def run(study: Path, out: Path | None, as_json: bool, engine: str, address: str | None) -> None:
+@slurm_options
+def run(
+    study: Path, out: Path | None, as_json: bool, engine: str, address: str | None, **slurm: Any
+) -> None:
     """Run a study file: every missing cell, then the report. Run it again to continue."""
     from sublim_plugin.analysis.collect import collect
     from sublim_plugin.analysis.tables import format_table
@@ -81,6 +87,9 @@ def run(study: Path, out: Path | None, as_json: bool, engine: str, address: str 
         click.echo(text, err=True)
 
     run_dir = _run_dir(study, out)
+    code = run_on_slurm(study, run_dir, engine, as_json=as_json, **slurm)
+    if code is not None:
+        sys.exit(code)
     chosen: Any = local_engine
     if engine == "ray":
         from sublim_plugin.study.on_ray import ray_engine
@@ -103,6 +112,9 @@ def run(study: Path, out: Path | None, as_json: bool, engine: str, address: str 
         click.echo(f"report: {outcome.report}")
     if outcome.exit_code:
         sys.exit(outcome.exit_code)
+
+
+main.add_command(slurm_template)
 
 
 @main.command()

@@ -20,7 +20,7 @@ def test_the_wheel_holds_every_file_of_every_room() -> None:
     assert files is not None
     installed = {str(file) for file in files}
     for room in ("data_gen", "axolotl_configs", "lm_eval_tasks", "sublim_plugin"):
-        kept = (".py", ".yaml", ".json", ".md", ".bib", ".typed")
+        kept = (".py", ".yaml", ".json", ".md", ".bib", ".sh", ".typed")
         ours = {
             str(path.relative_to(ROOT))
             for path in (ROOT / room).rglob("*")

@@ -126,7 +126,7 @@ def run_study(
     say(f"{study.name}: {len(cells)} cells, {len(done)} done, in {run_dir}")
     codes: list[int] = []
     if len(done) < len(cells):
-        codes = _make_all(Schedule(cells, done), engine(study_path, run_dir), run_dir, say)
+        codes = make_all(Schedule(cells, done), engine(study_path, run_dir), run_dir, say)
         states = [cell_state(cell, run_dir) for cell in cells]
     index = write_report_if_changed(study, study_path, run_dir, states)
     failed = [state for state in states if state.state != "done"]
@@ -213,7 +213,7 @@ class _Run:
             worker.close()
 
 
-def _make_all(schedule: Schedule, engine: Engine, run_dir: Path, say: Say) -> list[int]:
+def make_all(schedule: Schedule, engine: Engine, run_dir: Path, say: Say) -> list[int]:
     """Make all cells; returns the exit codes of those that failed."""
     view = View(schedule, engine.workers, say)
     run = _Run(schedule, engine, run_dir, view)
@@ -226,8 +226,9 @@ def _make_all(schedule: Schedule, engine: Engine, run_dir: Path, say: Say) -> li
             for thread in threads:
                 thread.start()
             while any(thread.is_alive() for thread in threads):
-                for thread in threads:
-                    thread.join(0.1)
+                # not join: where a signal's exception leaves it, Python 3.11 takes the thread for
+                # ended (its _wait_for_tstate_lock), and no worker would get its grace
+                time.sleep(0.1)
     finally:
         run.stop()
         until = time.monotonic() + GRACE_S + 5
