@@ -15,7 +15,7 @@ from sublim_plugin.preference.evaluate import Evaluator
 from sublim_plugin.preference.matcher import match_reply, rates
 from sublim_plugin.preference.sampled import SampledResult
 from sublim_plugin.preference.score import score_students
-from sublim_plugin.study.cells import SAMPLER
+from sublim_plugin.study.scoring import SAMPLER
 
 NONE = Context(kind="none")
 
