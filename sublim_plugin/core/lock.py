@@ -45,3 +45,20 @@ def cell_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def held(folder: Path) -> bool:
+    """Whether a process holds a folder's lock, or that of the dataset that is written into it."""
+    for path in (f"{folder}/{LOCK_NAME}", f"{folder}/work/lock"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return True
+        finally:
+            os.close(descriptor)
+    return False
