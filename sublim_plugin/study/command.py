@@ -68,18 +68,28 @@ def run(study: Path, out: Path | None, as_json: bool, dry_run: bool) -> None:
 
 
 def _show_costs(study: Path, run_dir: Path, as_json: bool) -> None:
-    from sublim_plugin.study.cost import costs, text
+    from sublim_plugin.core.base_models import EMBEDDED
+    from sublim_plugin.study.cost import costs
+    from sublim_plugin.study.cost_text import text
     from sublim_plugin.study.run import states_of
-    from sublim_plugin.study.state import many_objects
+    from sublim_plugin.study.state import many_objects, states_without_base
     from sublim_plugin.study.study_file import load_study
 
+    settings = load_study(study)
+    # a request for compute is written where the model is not
+    here = settings.base_model == EMBEDDED or Path(settings.base_model).expanduser().is_dir()
     with many_objects():
-        states, _ = states_of(study, run_dir)
-        found = costs(load_study(study), states)
+        states, known = (
+            states_of(study, run_dir) if here else (states_without_base(settings, run_dir), False)
+        )
+        found = costs(settings, states)
     if as_json:
-        click.echo(json.dumps({"run": str(run_dir)} | found.model_dump(mode="json")))
-    else:
-        click.echo(text(found))
+        summary = {"run": str(run_dir), "base_model_here": known}
+        click.echo(json.dumps(summary | found.model_dump(mode="json")))
+        return
+    click.echo(text(found))
+    if not known:
+        click.echo("The base model is not here (or not prepared), so all cells count as to do.")
 
 
 @click.command(**SETTINGS)

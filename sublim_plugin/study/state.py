@@ -15,7 +15,8 @@ from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import canonical_json
 from sublim_plugin.core.lock import held
 from sublim_plugin.core.manifest import MANIFEST_NAME, Manifest, check_outputs, find_manifest
-from sublim_plugin.study.cells import Cell
+from sublim_plugin.study.cells import Cell, plan
+from sublim_plugin.study.study_file import Study
 
 State = Literal["done", "running", "failed", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
@@ -63,6 +64,12 @@ def cell_state(cell: Cell, run_dir: Path) -> CellState:
         return CellState(cell, folder, "running")
     error = read_error(folder)
     return CellState(cell, folder, "failed" if error else "missing", error)
+
+
+def states_without_base(study: Study, run_dir: Path) -> list[CellState]:
+    """All cells as missing, where the base model is elsewhere and no id can be known."""
+    cells = plan(study, {"name": Path(study.base_model).name, "sha256": "not here"})
+    return [CellState(cell, cell.folder(run_dir), "missing") for cell in cells]
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
