@@ -6,21 +6,28 @@ what does not fit raises `InputError` with the path, so that a wrong number cann
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import from_json
 
+from sublim_plugin.analysis.asked import Asked, Question, json_lines, parse_questions
+from sublim_plugin.analysis.seen import Host, Scored, Seen, Trained, seal
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.core.hashing import sha256_file, sha256_json
-from sublim_plugin.core.manifest import Manifest, read_manifest, verify
+from sublim_plugin.core.hashing import sha256_json
+from sublim_plugin.core.manifest import Manifest, check_outputs, check_sha256, read_manifest
 
 RECEIPT = "model/sublim_receipt.json"
+PROBE_FILES = ("results.json", "questions.jsonl")
+METRICS = ("target_logprob", "target_prob", "target_share", "target_rank", "coverage")
 ERROR_LINES = 12
 
 
@@ -137,25 +144,6 @@ class Results(_Record):
     lm_eval: dict[str, Any] = Field(default_factory=dict)
 
 
-class Question(_Record):
-    """One line of `questions.jsonl`; `logprobs` in nats, one entry per candidate."""
-
-    question_id: int
-    question: str
-    prompt_sha256: str
-    logprobs: dict[str, float]
-
-    @field_validator("logprobs")
-    @classmethod
-    def _are_logprobs(cls, value: dict[str, float]) -> dict[str, float]:
-        for candidate, logprob in value.items():
-            if not math.isfinite(logprob) or logprob > 1e-6:
-                raise ValueError(f"{candidate}: {logprob} is not a log-probability")
-        if not value:
-            raise ValueError("no candidate was scored")
-        return value
-
-
 class DatasetRecord(_Record):
     id: str
     folder: Path
@@ -176,16 +164,35 @@ class StudentRecord(_Record):
     folder: Path
     manifest: Manifest
     spec: StudentSpec
-    receipt: Receipt
+    trained: Trained
+
+    @cached_property
+    def receipt(self) -> Receipt:
+        """The whole receipt, read again: its losses are many, and tables need none of them."""
+        return _read_receipt(self.folder, self.manifest)
 
 
 class ProbeRecord(_Record):
+    """A scored probe. `logprob_QC` is in nats, by questions and candidates of `asked`."""
+
     id: str
     folder: Path
     manifest: Manifest
     spec: ProbeSpec
-    results: Results
-    questions: tuple[Question, ...]
+    asked: Asked
+    logprob_QC: Any
+    host: Host
+
+    @cached_property
+    def questions(self) -> tuple[Question, ...]:
+        """The lines of questions.jsonl."""
+        return self.asked.questions(self.logprob_QC)
+
+    @cached_property
+    def results(self) -> Results:
+        """results.json, read again."""
+        path = self.folder / "results.json"
+        return _parse(Results, _json(_read(self.folder, path.name, self.manifest), path), path)
 
 
 class SampledRecord(_Record):
@@ -266,33 +273,38 @@ def collect(run_dir: Path, cells: Iterable[CellRef | tuple[Path, str]] | None = 
     students: list[StudentRecord] = []
     probes: list[ProbeRecord] = []
     sampled: list[SampledRecord] = []
+    seen = Seen(run_dir)
     for ref in refs:
         if ref.state != "done":
             continue
         folder = ref.folder
         manifest = read_manifest(folder)
-        # A student's weights are large and not read here; everything that is read is hashed.
-        verify(folder, deep=manifest.kind != "student")
+        stats = check_outputs(folder, manifest, deep=False)
         manifests[folder] = manifest
         short_id = manifest.id[:12]
         path = folder / "manifest.json"
-        if manifest.kind == "dataset":
-            spec = _parse(DatasetSpec, manifest.spec, path)
-            datasets.append(DatasetRecord(id=short_id, folder=folder, manifest=manifest, spec=spec))
-        elif manifest.kind == "student":
+        if manifest.kind == "student":
             students.append(
                 StudentRecord(
                     id=short_id,
                     folder=folder,
                     manifest=manifest,
                     spec=_parse(StudentSpec, manifest.spec, path),
-                    receipt=_read_receipt(folder, manifest),
+                    trained=_trained(folder, manifest, stats, seen),
                 )
             )
-        elif manifest.kind == "probe" and manifest.spec.get("measure") == "sampled":
-            sampled.append(_read_sampled(folder, manifest))
-        elif manifest.kind == "probe":
-            probes.append(_read_probe(folder, manifest))
+        elif manifest.kind == "probe" and manifest.spec.get("measure") != "sampled":
+            probes.append(_read_probe(folder, manifest, stats, seen))
+        else:
+            _check_deeply(folder, manifest, stats, seen)
+            if manifest.kind == "dataset":
+                spec = _parse(DatasetSpec, manifest.spec, path)
+                datasets.append(
+                    DatasetRecord(id=short_id, folder=folder, manifest=manifest, spec=spec)
+                )
+            elif manifest.kind == "probe":
+                sampled.append(_read_sampled(folder, manifest))
+    seen.save()
     records = RunRecords(
         run_dir=run_dir,
         cells=refs,
@@ -323,7 +335,7 @@ def read_replies(folder: Path, limit: int) -> list[tuple[str, str]]:
     if not path.exists():
         return []
     pairs: list[tuple[str, str]] = []
-    for row in _json_lines(path):
+    for row in json_lines(path.read_bytes(), path):
         if len(pairs) == limit:
             break
         pairs.append((str(row.get("question", "")), str(row.get("reply", ""))))
@@ -375,80 +387,99 @@ def _parse(model: type[ModelT], value: Any, path: Path, where: str = "") -> Mode
         ) from error
 
 
-def _read_json(path: Path) -> Any:
+def _read(folder: Path, name: str, manifest: Manifest) -> bytes:
+    """A file's bytes, which the manifest's hash, if it has one, must fit."""
+    path = folder / name
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise InputError(
             f"{path}: missing, though the cell's manifest says that it is done; "
             "delete the cell's folder and run the study again"
         ) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: not readable: {error}") from error
+    if (listed := manifest.outputs.get(name)) is not None:
+        check_sha256(path, hashlib.sha256(data).hexdigest(), listed, folder)
+    return data
+
+
+def _json(data: bytes, path: Path) -> Any:
+    try:
+        return from_json(data)
+    except ValueError as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{path}:{number}: not readable as JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}:{number}: expected an object, found {row!r:.60}")
-                yield row
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: missing, though the cell's manifest says it is done") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: {error}") from error
+def _check_deeply(
+    folder: Path, manifest: Manifest, stats: dict[str, os.stat_result], seen: Seen
+) -> None:
+    """Hash what a manifest names, unless these very files were hashed before."""
+    own = seal(manifest, stats, seen.now_ns)
+    if not seen.checked(folder.name, own):
+        check_outputs(folder, manifest, deep=True)
+        seen.put(folder.name, own, None)
+
+
+def _trained(
+    folder: Path, manifest: Manifest, stats: dict[str, os.stat_result], seen: Seen
+) -> Trained:
+    """Of a student only the receipt is read and hashed: weights are large."""
+    stat = stats.get(RECEIPT)
+    own = seal(manifest, {RECEIPT: stat}, seen.now_ns) if stat is not None else None
+    found = seen.student(folder.name, own) if own is not None else None
+    if found is None:
+        receipt = _read_receipt(folder, manifest)
+        total = receipt.update_norm.get("total")
+        found = Trained(
+            receipt.dataset.get("sha256"),
+            receipt.weights_sha256,
+            float(total) if isinstance(total, int | float) else None,
+        )
+        if own is not None:
+            seen.put(folder.name, own, found)
+    return found
 
 
 def _read_receipt(folder: Path, manifest: Manifest) -> Receipt:
     path = folder / RECEIPT
-    value = _read_json(path)
-    listed = manifest.outputs.get(RECEIPT)
-    if listed is not None:
-        expected = listed["sha256"] if isinstance(listed, dict) else listed.sha256
-        if sha256_file(path) != expected:
-            raise InputError(f"{path}: its sha256 is not the one in {folder / 'manifest.json'}")
-    return _parse(Receipt, value, path)
+    return _parse(Receipt, _json(_read(folder, RECEIPT, manifest), path), path)
 
 
-def _read_probe(folder: Path, manifest: Manifest) -> ProbeRecord:
+def _read_probe(
+    folder: Path, manifest: Manifest, stats: dict[str, os.stat_result], seen: Seen
+) -> ProbeRecord:
     spec = _parse(ProbeSpec, manifest.spec, folder / "manifest.json")
-    results = _parse(Results, _read_json(folder / "results.json"), folder / "results.json")
-    path = folder / "questions.jsonl"
-    questions = tuple(
-        _parse(Question, row, path, where=f" row {number}")
-        for number, row in enumerate(_json_lines(path), start=1)
-    )
-    if not questions:
-        raise InputError(f"{path}: no questions")
-    ids = [question.question_id for question in questions]
-    if len(set(ids)) != len(ids):
-        doubled = next(i for i in ids if ids.count(i) > 1)
-        raise InputError(f"{path}: question_id {doubled} appears more than once")
-    if len(questions) != results.n_questions:
-        raise InputError(
-            f"{path}: {len(questions)} questions, but results.json says {results.n_questions}"
+    own = seal(manifest, stats, seen.now_ns)
+    found = seen.probe(folder.name, own) if {*PROBE_FILES} <= {*stats} else None
+    if found is None:
+        for name in manifest.outputs:
+            if name not in PROBE_FILES:
+                _read(folder, name, manifest)
+        path, lines = (folder / name for name in PROBE_FILES)
+        results = _parse(Results, _json(_read(folder, path.name, manifest), path), path)
+        asked, logprob_QC = parse_questions(
+            _read(folder, lines.name, manifest), lines, results.n_questions
         )
-    candidates = set(questions[0].logprobs)
-    for question in questions:
-        if set(question.logprobs) != candidates:
-            raise InputError(
-                f"{path}: question_id {question.question_id} has other candidates than the first"
-            )
+        found = Scored(seen.one(asked), logprob_QC, _host(results))
+        seen.put(folder.name, own, found)
     return ProbeRecord(
         id=manifest.id[:12],
         folder=folder,
         manifest=manifest,
         spec=spec,
-        results=results,
-        questions=questions,
+        asked=found.asked,
+        logprob_QC=found.logprob_QC,
+        host=found.host,
     )
+
+
+def _host(results: Results) -> Host:
+    def number(value: Any) -> float:
+        return float(value) if isinstance(value, int | float) else math.nan
+
+    values = [[number(own.get(name)) for name in METRICS] for own in results.targets.values()]
+    return Host(tuple(results.targets), np.array(values).reshape(len(values), len(METRICS)))
 
 
 def _read_sampled(folder: Path, manifest: Manifest) -> SampledRecord:
@@ -458,7 +489,7 @@ def _read_sampled(folder: Path, manifest: Manifest) -> SampledRecord:
         folder=folder,
         manifest=manifest,
         spec=_parse(ProbeSpec, manifest.spec, folder / "manifest.json"),
-        results=_parse(Results, _read_json(path), path),
+        results=_parse(Results, _json(_read(folder, path.name, manifest), path), path),
     )
 
 
@@ -483,7 +514,7 @@ def _check_links(records: RunRecords) -> None:
                     f"{student.folder / 'manifest.json'}: {field} is {ours!r}, "
                     f"but its dataset {dataset.folder.name} says {theirs!r}"
                 )
-        trained_on = student.receipt.dataset.get("sha256")
+        trained_on = student.trained.dataset_sha256
         rows = {
             entry["sha256"] if isinstance(entry, dict) else entry.sha256
             for name, entry in dataset.manifest.outputs.items()

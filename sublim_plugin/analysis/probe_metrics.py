@@ -8,13 +8,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from sublim_plugin.analysis.collect import ProbeRecord
+from sublim_plugin.analysis.collect import METRICS, ProbeRecord
 from sublim_plugin.core.errors import InputError
 
 TOLERANCE = 1e-6
 """Largest difference allowed between our numbers and the scoring host's."""
-
-METRICS = ("target_logprob", "target_prob", "target_share", "target_rank", "coverage")
 
 
 class Metrics(BaseModel):

@@ -127,10 +127,10 @@ def equal_weights(run: RunRecords, settings: Mapping[str, Settings]) -> dict[str
     found = {}
     ordered = sorted(run.students, key=lambda s: (s.spec.generation_seed, s.spec.training_seed))
     for student in ordered:
-        if student.receipt.weights_sha256 is None:
+        if student.trained.weights_sha256 is None:
             continue
         own = settings[student.id]
-        key = (student.receipt.weights_sha256, student.spec.trait, own.condition)
+        key = (student.trained.weights_sha256, student.spec.trait, own.condition)
         if key in first:
             found[student.id] = first[key]
         else:

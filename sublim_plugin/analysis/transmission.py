@@ -22,11 +22,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from sublim_plugin.analysis.collect import (
+    METRICS,
     ProbeRecord,
     RunRecords,
     StudentRecord,
 )
-from sublim_plugin.analysis.probe_metrics import METRICS, Metrics, candidate_key, metrics, paired
+from sublim_plugin.analysis.probe_metrics import Metrics, candidate_key, metrics, paired
 from sublim_plugin.analysis.replication import too_few_datasets
 from sublim_plugin.analysis.student_settings import equal_weights, settings_of
 from sublim_plugin.core.contexts import Context
@@ -309,7 +310,7 @@ class _Table:
             neutral_probe=neutral.id if neutral else None,
             **self._grouping(probe, student),
             learning_rate=_number(spec.recipe.get("learning_rate")) if spec else None,
-            update_norm=_number(student.receipt.update_norm.get("total")) if student else None,
+            update_norm=student.trained.update_norm if student else None,
             simulated=bool(probe.manifest.spec.get("simulated", False)),
         )
 

@@ -172,12 +172,16 @@ def verify(folder: Path, deep: bool = True) -> Manifest:
     return manifest
 
 
-def check_outputs(folder: Path, manifest: Manifest, deep: bool) -> None:
+def check_outputs(folder: Path, manifest: Manifest, deep: bool) -> dict[str, os.stat_result]:
     """Compare a manifest that was read with what lies beside it.
+
+    Returns:
+        What the file system says of each output, by name.
 
     Raises:
         InputError: an output is missing or differs.
     """
+    stats = {}
     for name, expected in manifest.outputs.items():
         path = f"{folder}/{name}"
         try:
@@ -191,11 +195,23 @@ def check_outputs(folder: Path, manifest: Manifest, deep: bool) -> None:
                 f"{path}: {found.st_size} bytes, the manifest says {expected.bytes};"
                 f" {_way_out(folder)}"
             )
-        if deep and (digest := sha256_file(Path(path))) != expected.sha256:
-            raise InputError(
-                f"{path}: sha256 {digest[:12]}…, the manifest says {expected.sha256[:12]}…;"
-                f" {_way_out(folder)}"
-            )
+        if deep:
+            check_sha256(path, sha256_file(Path(path)), expected, folder)
+        stats[name] = found
+    return stats
+
+
+def check_sha256(path: Path | str, digest: str, expected: OutputFile, folder: Path) -> None:
+    """Compare a file's digest with what the manifest of `folder` expects.
+
+    Raises:
+        InputError: they differ.
+    """
+    if digest != expected.sha256:
+        raise InputError(
+            f"{path}: sha256 {digest[:12]}…, the manifest says {expected.sha256[:12]}…;"
+            f" {_way_out(folder)}"
+        )
 
 
 def _way_out(folder: Path) -> str:

@@ -16,7 +16,7 @@ OUT = click.option(
     help="Run folder.  [default: runs/NAME-OF-THE-STUDY]",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
-SETTINGS: dict[str, Any] = {"context_settings": {"help_option_names": ["-h", "--help"]}}
+SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 LISTED = 60
 """Cells up to which `status` lists every one instead of counting them."""
@@ -28,7 +28,7 @@ def _run_dir(study: Path, out: Path | None) -> Path:
     return (out or Path("runs") / load_study(study).name).resolve()
 
 
-@click.command(**SETTINGS)
+@click.command(context_settings=SETTINGS)
 @STUDY
 @OUT
 @JSON
@@ -92,7 +92,7 @@ def _show_costs(study: Path, run_dir: Path, as_json: bool) -> None:
         click.echo("The base model is not here (or not prepared), so all cells count as to do.")
 
 
-@click.command(**SETTINGS)
+@click.command(context_settings=SETTINGS)
 @STUDY
 @OUT
 @JSON
@@ -167,7 +167,7 @@ def _state_row(state: Any, why: str | None = None) -> dict[str, Any]:
     return row | ({"why": why} if why else {})
 
 
-@click.command(**SETTINGS)
+@click.command(context_settings=SETTINGS)
 @click.argument("studies", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--compare", is_flag=True, help="Set two studies, or two run folders, side by side.")
 @click.option(
@@ -197,7 +197,7 @@ def report(studies: tuple[Path, ...], compare: bool, out: Path | None) -> None:
     click.echo(f"report: {index}")
 
 
-@click.command(**SETTINGS)
+@click.command(context_settings=SETTINGS)
 @STUDY
 @OUT
 @JSON

@@ -135,7 +135,8 @@ def _nearest_places(cells: Sequence[Cell], stale: Sequence[_Stale]) -> list[int]
     """
     import numpy as np
 
-    leaves = [dict(_leaves(one.spec)) for one in [*cells, *stale]]
+    specs = [cell.spec for cell in cells] + [one.spec for one in stale]
+    leaves = [dict(_leaves(spec)) for spec in specs]
     codes: dict[str, dict[str, int]] = {}
     keys = sorted({key for own in leaves for key in own})
     table = np.array(
