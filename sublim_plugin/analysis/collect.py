@@ -10,12 +10,12 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from sublim_plugin.analysis.asked import Asked, Question, json_lines, parse_questions
@@ -23,7 +23,7 @@ from sublim_plugin.analysis.seen import Host, Scored, Seen, Trained, seal
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_json
-from sublim_plugin.core.manifest import Manifest, check_outputs, check_sha256, read_manifest
+from sublim_plugin.core.manifest import Manifest, check_outputs, check_sha256, read_manifest, share
 
 RECEIPT = "model/sublim_receipt.json"
 PROBE_FILES = ("results.json", "questions.jsonl")
@@ -72,8 +72,36 @@ class BaseModelRef(_Record):
     sha256: str
 
 
+@lru_cache(maxsize=256)
+def _base_model(name: str, sha256: str) -> BaseModelRef:
+    return BaseModelRef(name=name, sha256=sha256)
+
+
+@lru_cache(maxsize=256)
+def _context(fields: tuple[tuple[str, str], ...]) -> Context:
+    return Context.parse(dict(fields))
+
+
+def _one_base_model(value: Any) -> Any:
+    """The same object for the same model, of which a run has one or two."""
+    if not isinstance(value, dict) or [*value] != ["name", "sha256"]:
+        return value
+    return _base_model(**value) if {*map(type, value.values())} == {str} else value
+
+
+def _one_context(value: Any) -> Any:
+    """The same object for the same context, as specs hold it: a kind and further texts."""
+    if isinstance(value, dict) and {*map(type, value.values())} == {str}:
+        return _context(tuple(value.items()))
+    return value if isinstance(value, Context) else Context.parse(value)
+
+
+SpecBaseModel = Annotated[BaseModelRef, BeforeValidator(_one_base_model)]
+SpecContext = Annotated[Context, BeforeValidator(_one_context)]
+
+
 class DatasetSpec(_Record):
-    base_model: BaseModelRef
+    base_model: SpecBaseModel
     trait: str
     teacher: dict[str, Any] = Field(default_factory=dict)
     generation_seed: int
@@ -85,34 +113,24 @@ class DatasetSpec(_Record):
 
 
 class StudentSpec(_Record):
-    base_model: BaseModelRef
+    base_model: SpecBaseModel
     dataset: str
     trait: str
     generation_seed: int
     method: Method
-    train_context: Context
+    train_context: SpecContext
     training_seed: int
     recipe: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("train_context", mode="before")
-    @classmethod
-    def _parse_context(cls, value: Any) -> Any:
-        return value if isinstance(value, Context) else Context.parse(value)
-
 
 class ProbeSpec(_Record):
-    base_model: BaseModelRef
+    base_model: SpecBaseModel
     student: str | None
     category: str
-    eval_context: Context
+    eval_context: SpecContext
     measure: str
     questions_sha256: str
     candidates: tuple[str, ...] = ()
-
-    @field_validator("eval_context", mode="before")
-    @classmethod
-    def _parse_context(cls, value: Any) -> Any:
-        return value if isinstance(value, Context) else Context.parse(value)
 
 
 class LossPoint(_Record):
@@ -243,13 +261,18 @@ class RunRecords(_Record):
 
 def scan(run_dir: Path) -> list[CellRef]:
     """The cells found under `run_dir/cells`: done where a manifest exists, else unfinished."""
-    folders = sorted(path for path in (run_dir / "cells").glob("*") if path.is_dir())
+    cells = run_dir / "cells"
+    try:
+        with os.scandir(cells) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return [
         CellRef(
-            folder=folder,
-            state="done" if (folder / "manifest.json").exists() else "unfinished",
+            folder=cells / name,
+            state="done" if os.path.exists(f"{cells}/{name}/manifest.json") else "unfinished",
         )
-        for folder in folders
+        for name in names
     ]
 
 
@@ -274,11 +297,12 @@ def collect(run_dir: Path, cells: Iterable[CellRef | tuple[Path, str]] | None = 
     probes: list[ProbeRecord] = []
     sampled: list[SampledRecord] = []
     seen = Seen(run_dir)
+    pool: dict[bytes, Any] = {}
     for ref in refs:
         if ref.state != "done":
             continue
         folder = ref.folder
-        manifest = read_manifest(folder)
+        manifest = share(read_manifest(folder), pool)
         stats = check_outputs(folder, manifest, deep=False)
         manifests[folder] = manifest
         short_id = manifest.id[:12]

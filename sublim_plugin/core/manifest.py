@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import to_json
 
 from sublim_plugin.core.atomic import write_json
 from sublim_plugin.core.errors import InputError
@@ -20,10 +22,9 @@ from sublim_plugin.core.versions import device_info, installed
 MANIFEST_NAME = "manifest.json"
 
 
-class OutputFile(BaseModel):
-    """One file beside the manifest."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class OutputFile:
+    """One file beside the manifest. No model: of these there are tens of thousands at a time."""
 
     sha256: str
     bytes: int
@@ -141,6 +142,17 @@ def find_manifest(folder: Path) -> Manifest | None:
         raise InputError(
             f"{path}: not a readable manifest ({error}); delete the folder to have it made again"
         ) from error
+
+
+_REPEATED = ("inputs", "template", "rendered", "versions", "device")
+
+
+def share(manifest: Manifest, pool: dict[bytes, Any]) -> Manifest:
+    """Let equal parts of many manifests be one object: half of what 20,000 of them take."""
+    for name in _REPEATED:
+        value = manifest.__dict__[name]
+        manifest.__dict__[name] = pool.setdefault(to_json(value), value)
+    return manifest
 
 
 def _read(path: str) -> bytes | None:
