@@ -24,6 +24,7 @@ from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_json
 from sublim_plugin.core.manifest import Manifest, check_outputs, check_sha256, read_manifest, share
+from sublim_plugin.core.many_objects import many_objects
 
 RECEIPT = "model/sublim_receipt.json"
 PROBE_FILES = ("results.json", "questions.jsonl")
@@ -276,6 +277,7 @@ def scan(run_dir: Path) -> list[CellRef]:
     ]
 
 
+@many_objects()
 def collect(run_dir: Path, cells: Iterable[CellRef | tuple[Path, str]] | None = None) -> RunRecords:
     """Read the done cells of a run.
 
@@ -306,7 +308,7 @@ def collect(run_dir: Path, cells: Iterable[CellRef | tuple[Path, str]] | None = 
         stats = check_outputs(folder, manifest, deep=False)
         manifests[folder] = manifest
         short_id = manifest.id[:12]
-        path = folder / "manifest.json"
+        path = f"{folder}/manifest.json"
         if manifest.kind == "student":
             students.append(
                 StudentRecord(
@@ -399,7 +401,7 @@ def student_names(run: RunRecords) -> dict[str, str]:
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-def _parse(model: type[ModelT], value: Any, path: Path, where: str = "") -> ModelT:
+def _parse(model: type[ModelT], value: Any, path: Path | str, where: str = "") -> ModelT:
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -473,7 +475,7 @@ def _read_receipt(folder: Path, manifest: Manifest) -> Receipt:
 def _read_probe(
     folder: Path, manifest: Manifest, stats: dict[str, os.stat_result], seen: Seen
 ) -> ProbeRecord:
-    spec = _parse(ProbeSpec, manifest.spec, folder / "manifest.json")
+    spec = _parse(ProbeSpec, manifest.spec, f"{folder}/manifest.json")
     own = seal(manifest, stats, seen.now_ns)
     found = seen.probe(folder.name, own) if {*PROBE_FILES} <= {*stats} else None
     if found is None:
@@ -512,7 +514,7 @@ def _read_sampled(folder: Path, manifest: Manifest) -> SampledRecord:
         id=manifest.id[:12],
         folder=folder,
         manifest=manifest,
-        spec=_parse(ProbeSpec, manifest.spec, folder / "manifest.json"),
+        spec=_parse(ProbeSpec, manifest.spec, f"{folder}/manifest.json"),
         results=_parse(Results, _json(_read(folder, path.name, manifest), path), path),
     )
 

@@ -109,7 +109,7 @@ def _part(probes: Sequence[ProbeRecord], target: str, column: int) -> _Group:
     relative_NQ = np.exp(scores_NQC - top_NQ[:, :, None]).sum(2)
     share_NQ = np.exp(own_NQ - top_NQ) / relative_NQ
     rank_NQ = 1.0 + (scores_NQC > own_NQ[:, :, None]).sum(2)
-    coverage_NQ = np.exp(scores_NQC).sum(2)
+    coverage_NQ = np.exp(top_NQ) * relative_NQ
     fields = (own_NQ, np.exp(own_NQ), share_NQ, rank_NQ, coverage_NQ)
     means_NM = np.stack([field.mean(1) for field in fields], axis=1)
     _check(probes, target, means_NM)

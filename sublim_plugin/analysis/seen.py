@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ from sublim_plugin.core.atomic import write_bytes
 from sublim_plugin.core.errors import RunError
 from sublim_plugin.core.manifest import Manifest
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = ".cache"
 INDEX = "collected.json"
 WORTH_IT = 200
@@ -103,7 +104,7 @@ class Seen:
             if index["format"] != FORMAT:
                 return
             data = (self.folder / index["numbers"]).read_bytes()
-            if hashlib.sha256(data).hexdigest() != index["sha256"]:
+            if zlib.crc32(data) != index["crc32"]:
                 return
             self._numbers: Floats = np.frombuffer(data, dtype="<f8")
             frames = [
@@ -175,12 +176,12 @@ class Seen:
             else:
                 others[name] = entry
         data = np.concatenate(numbers).astype("<f8").tobytes() if numbers else b""
-        digest = hashlib.sha256(data).hexdigest()
-        file = f"collected-{digest[:12]}.f8"
+        crc32 = zlib.crc32(data)
+        file = f"collected-{crc32:08x}-{len(data)}.f8"
         index = {
             "format": FORMAT,
             "numbers": file,
-            "sha256": digest,
+            "crc32": crc32,
             "frames": [
                 [[a.ids, a.texts, a.prompts, a.candidates], targets] for a, targets in frames
             ],

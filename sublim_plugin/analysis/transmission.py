@@ -17,9 +17,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_json
 
 from sublim_plugin.analysis.collect import (
     METRICS,
@@ -34,6 +36,7 @@ from sublim_plugin.analysis.student_settings import equal_weights, settings_of
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_json
+from sublim_plugin.core.many_objects import many_objects
 
 LOW_COVERAGE = 0.01
 """Mass on all candidates below which a share is a ratio of rarities and is flagged."""
@@ -128,6 +131,7 @@ class TransmissionRow(_Row):
         return f"{self.method} neutral" if self.role == "control" else self.method
 
 
+@many_objects()
 def transmission_table(run: RunRecords) -> tuple[TransmissionRow, ...]:
     """The table behind every figure and sentence of the report.
 
@@ -149,8 +153,13 @@ class _Table:
         self.run = run
         self.students = {student.id: student for student in run.students}
         self.datasets = {dataset.id: dataset for dataset in run.datasets}
+        numbers: dict[Any, int] = {}
+        # a context is slow to hash, and there are four look-ups a row
+        self.keys = {
+            probe.id: numbers.setdefault(_probe_key(probe), len(numbers)) for probe in run.probes
+        }
         self.bases = {
-            _probe_key(probe): probe for probe in run.probes if probe.spec.student is None
+            self.keys[probe.id]: probe for probe in run.probes if probe.spec.student is None
         }
         self.settings = settings_of(run)
         self.replicates = equal_weights(run, self.settings)
@@ -163,7 +172,7 @@ class _Table:
         traits = [dataset.spec.trait for dataset in run.datasets]
         traits += [student.spec.trait for student in run.students]
         self.targets = [trait for trait in dict.fromkeys(traits) if trait != "neutral"]
-        self.groupings: dict[Any, dict[str, Any]] = {}
+        self.digests: dict[Any, str] = {}
         self.of_students: dict[str | None, dict[str, Any]] = {}
 
     def rows(self) -> tuple[TransmissionRow, ...]:
@@ -186,14 +195,10 @@ class _Table:
             row["row"] = f"R{number}"
             row["n_datasets"] = count
             row["dataset_interval"] = f"none: {reason}" if reason else "see effects.csv"
-        # complete and typed by construction: checking 26,000 rows again, and a set of 51 names for
-        # each, would take a second and 60 MB
-        names = set(TransmissionRow.model_fields)
-        found: list[TransmissionRow] = []
-        for row in reversed(rows):
-            found.append(TransmissionRow.model_construct(_fields_set=names, **row))
-            row.clear()  # as large as what was made of it
-        return tuple(reversed(found))
+        for i, row in enumerate(rows):
+            # in place, as it is as large as what is made of it
+            rows[i] = {name: row[name] for name in _FIELDS}
+        return tuple(map(_complete, rows))
 
     def _of(self, target: str) -> list[dict[str, Any]]:
         """The fields of one target's rows, without those that say how many there are."""
@@ -207,7 +212,7 @@ class _Table:
         wanted: list[tuple[str, str]] = []
         for probe in probes:
             student = self._student(probe) if probe.spec.student is not None else None
-            base = self.bases.get(_probe_key(probe)) if student else None
+            base = self.bases.get(self.keys[probe.id]) if student else None
             neutral, reason = self._neutral(probe, student)
             against[probe.id] = base, neutral, reason
             for other in (base, neutral):
@@ -266,11 +271,10 @@ class _Table:
                 f"{probe.spec.eval_context.slug}: the base was not scored, so no transmission"
             )
         for prefix, against in (("base", base), ("neutral", neutral)):
-            pair = pairs[probe.id, against.id] if against is not None else None
-            for name in Pair._fields:
-                values[f"vs_{prefix}_{name}"] = None if pair is None else getattr(pair, name)
-        base_means = columns.means(base) if base else {}
-        values |= {f"base_{name}": base_means.get(name) for name in METRICS}
+            pair = pairs[probe.id, against.id] if against is not None else _NOTHING
+            values |= zip(_AGAINST[prefix], pair, strict=True)
+        base_means = columns.means(base).values() if base else [None] * len(METRICS)
+        values |= zip(_OF_BASE, base_means, strict=True)
         role: Literal["base", "student", "control"] = "base"
         if student is not None:
             role = "control" if student.spec.trait == "neutral" else "student"
@@ -333,16 +337,10 @@ class _Table:
 
     def _control_key(self, probe: ProbeRecord, student: StudentRecord) -> tuple[Any, ...]:
         seeds = (student.spec.generation_seed, student.spec.training_seed)
-        return (_probe_key(probe), self.settings[student.id].condition, seeds)
+        return (self.keys[probe.id], self.settings[student.id].condition, seeds)
 
     def _grouping(self, probe: ProbeRecord, student: StudentRecord | None) -> dict[str, Any]:
         """The columns that say what a row may be pooled with."""
-        key = _probe_key(probe), student.id if student else None
-        if key not in self.groupings:
-            self.groupings[key] = self._new_grouping(probe, student)
-        return self.groupings[key]
-
-    def _new_grouping(self, probe: ProbeRecord, student: StudentRecord | None) -> dict[str, Any]:
         spec = probe.spec
         asked = [spec.base_model.sha256, spec.category, spec.measure, spec.questions_sha256]
         if student is None:
@@ -350,24 +348,63 @@ class _Table:
                 ("settings", "family", "but_scale", "settings_name", "scalings"), ""
             )
             return empty | {
-                "condition": sha256_json([*asked, spec.eval_context.slug])[:12],
+                "condition": self._digest([*asked, spec.eval_context.slug]),
                 "step_size": None,
                 "replicate_of": None,
             }
         own = self.settings[student.id]
-        dataset = self.datasets.get(student.spec.dataset[:12])
-        teacher = dataset.manifest.spec.get("teacher") if dataset else None
-        condition = [*asked, spec.eval_context.slug, student.spec.trait]
+        condition = [*asked, spec.eval_context.slug, student.spec.trait, own.condition]
         return {
-            "condition": sha256_json([*condition, own.condition, teacher])[:12],
-            "settings": sha256_json([*asked, own.id])[:12],
-            "family": sha256_json([*asked, own.family])[:12],
-            "but_scale": sha256_json([*asked, own.but_scale])[:12],
+            "condition": self._digest(condition, student.spec.dataset[:12]),
+            "settings": self._digest([*asked, own.id]),
+            "family": self._digest([*asked, own.family]),
+            "but_scale": self._digest([*asked, own.but_scale]),
             "settings_name": own.name,
             "scalings": SCALINGS.join(own.scalings),
             "step_size": own.step_size,
             "replicate_of": self.replicates.get(student.id),
         }
+
+    def _digest(self, parts: list[str], taught_by: str | None = None) -> str:
+        """12 digits of the parts, and of the teacher of a dataset if one is given."""
+        key = (*parts, self._teacher_key(taught_by) if taught_by else None)
+        if key not in self.digests:
+            dataset = self.datasets.get(taught_by or "")
+            teacher = dataset.manifest.spec.get("teacher") if dataset else None
+            self.digests[key] = sha256_json([*parts, teacher] if taught_by else parts)[:12]
+        return self.digests[key]
+
+    @cached_property
+    def _teacher_keys(self) -> dict[str, bytes]:
+        return {
+            dataset.id: to_json(dataset.manifest.spec.get("teacher"))
+            for dataset in self.run.datasets
+        }
+
+    def _teacher_key(self, dataset: str) -> bytes:
+        return self._teacher_keys.get(dataset, b"")
+
+
+_OF_BASE = tuple(f"base_{name}" for name in METRICS)
+_AGAINST = {
+    prefix: tuple(f"vs_{prefix}_{name}" for name in Pair._fields) for prefix in ("base", "neutral")
+}
+_NOTHING = (None,) * len(Pair._fields)
+_FIELDS = tuple(TransmissionRow.model_fields)
+_ALL = set(_FIELDS)
+
+
+def _complete(fields: dict[str, Any]) -> TransmissionRow:
+    """A row of fields that are complete and typed by construction.
+
+    As `model_construct`, but without a copy of 51 fields: that is a second and 60 MB for 26,000.
+    """
+    row = TransmissionRow.__new__(TransmissionRow)
+    object.__setattr__(row, "__dict__", fields)
+    object.__setattr__(row, "__pydantic_fields_set__", _ALL)
+    object.__setattr__(row, "__pydantic_extra__", None)
+    object.__setattr__(row, "__pydantic_private__", None)
+    return row
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -69,10 +69,11 @@ def run(study: Path, out: Path | None, as_json: bool, dry_run: bool) -> None:
 
 def _show_costs(study: Path, run_dir: Path, as_json: bool) -> None:
     from sublim_plugin.core.base_models import EMBEDDED
+    from sublim_plugin.core.many_objects import many_objects
     from sublim_plugin.study.cost import costs
     from sublim_plugin.study.cost_text import text
     from sublim_plugin.study.run import states_of
-    from sublim_plugin.study.state import many_objects, states_without_base
+    from sublim_plugin.study.state import states_without_base
     from sublim_plugin.study.study_file import load_study
 
     settings = load_study(study)
@@ -100,10 +101,10 @@ def _show_costs(study: Path, run_dir: Path, as_json: bool) -> None:
 @click.option("--cells", is_flag=True, help="List every cell, also in a large study.")
 def status(study: Path, out: Path | None, as_json: bool, why: bool, cells: bool) -> None:
     """List a study's cells: done, running, failed or missing. Reads manifests only."""
+    from sublim_plugin.core.many_objects import many_objects
     from sublim_plugin.study.overview import counts, failures, summary, table
     from sublim_plugin.study.reasons import Reasons
     from sublim_plugin.study.run import states_of
-    from sublim_plugin.study.state import many_objects
 
     run_dir = _run_dir(study, out)
     with many_objects():

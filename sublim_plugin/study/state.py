@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,19 +85,3 @@ def read_error(folder: Path) -> str | None:
 def first_line(state: CellState) -> str:
     """The first line of a failure."""
     return (state.error or "failed").splitlines()[0]
-
-
-@contextmanager
-def many_objects() -> Iterator[None]:
-    """Leave Python's collector of cycles out for a while.
-
-    20,000 manifests are a million objects and no cycle, and it would visit them again and again: a
-    third of the time of `status`.
-    """
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
