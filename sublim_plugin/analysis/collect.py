@@ -401,14 +401,14 @@ def student_names(run: RunRecords) -> dict[str, str]:
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-def _parse(model: type[ModelT], value: Any, path: Path | str, where: str = "") -> ModelT:
+def _parse(model: type[ModelT], value: Any, path: Path | str) -> ModelT:
     try:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"{path}{where}: {key or model.__name__}: {first['msg']}; "
+            f"{path}: {key or model.__name__}: {first['msg']}; "
             "delete the cell's folder and run the study again"
         ) from error
 
