@@ -25,6 +25,7 @@ from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_json
 from sublim_plugin.core.manifest import Manifest, check_outputs, check_sha256, read_manifest, share
 from sublim_plugin.core.many_objects import many_objects
+from sublim_plugin.core.read_ahead import read_ahead
 
 RECEIPT = "model/sublim_receipt.json"
 PROBE_FILES = ("results.json", "questions.jsonl")
@@ -300,6 +301,7 @@ def collect(run_dir: Path, cells: Iterable[CellRef | tuple[Path, str]] | None = 
     sampled: list[SampledRecord] = []
     seen = Seen(run_dir)
     pool: dict[bytes, Any] = {}
+    read_ahead([f"{ref.folder}/manifest.json" for ref in refs if ref.state == "done"])
     for ref in refs:
         if ref.state != "done":
             continue

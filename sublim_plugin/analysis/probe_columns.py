@@ -24,6 +24,11 @@ _AT_ONCE = 256
 """Probes that are expanded at a time, to stay within tens of megabytes."""
 
 
+Known = dict[str, tuple[Floats, Floats]]
+"""By probe id and for each question: the highest log-probability, and the sum over candidates of
+probabilities relative to it. The same for every target."""
+
+
 class Pair(NamedTuple):
     """Mean over questions of ours minus theirs, with standard errors (None for one question)."""
 
@@ -47,7 +52,7 @@ class Columns:
             results.json (see `probe_metrics.metrics`).
     """
 
-    def __init__(self, probes: Sequence[ProbeRecord], target: str) -> None:
+    def __init__(self, probes: Sequence[ProbeRecord], target: str, known: Known) -> None:
         self.target = target
         self.probes = {probe.id: probe for probe in probes}
         self.places: dict[str, tuple[int, int]] = {}
@@ -57,7 +62,7 @@ class Columns:
             by_asked.setdefault(id(probe.asked), []).append(probe)
         for number, own in enumerate(by_asked.values()):
             self.places |= {probe.id: (number, i) for i, probe in enumerate(own)}
-            self.groups.append(_group(own, target))
+            self.groups.append(_group(own, target, known))
 
     def means(self, probe: ProbeRecord) -> dict[str, float]:
         """A probe's metrics, over its questions."""
@@ -93,20 +98,27 @@ class Columns:
         return Pair(logprob.mean, logprob.se, share.mean, share.se)
 
 
-def _group(probes: Sequence[ProbeRecord], target: str) -> _Group:
+def _group(probes: Sequence[ProbeRecord], target: str, known: Known) -> _Group:
     column = probes[0].asked.candidates.index(candidate_key(probes[0], target))
     parts = [
-        _part(probes[at : at + _AT_ONCE], target, column) for at in range(0, len(probes), _AT_ONCE)
+        _part(probes[at : at + _AT_ONCE], target, column, known)
+        for at in range(0, len(probes), _AT_ONCE)
     ]
     return _Group(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
 
-def _part(probes: Sequence[ProbeRecord], target: str, column: int) -> _Group:
+def _part(probes: Sequence[ProbeRecord], target: str, column: int, known: Known) -> _Group:
     scores_NQC = np.stack([probe.logprob_QC for probe in probes])
     own_NQ = scores_NQC[:, :, column]
+    if not all(probe.id in known for probe in probes):
+        highest_NQ = scores_NQC.max(2)
+        sums_NQ = np.exp(scores_NQC - highest_NQ[:, :, None]).sum(2)
+        for i, probe in enumerate(probes):
+            known[probe.id] = highest_NQ[i], sums_NQ[i]
+    top_NQ, relative_NQ = (
+        np.stack(field) for field in zip(*(known[probe.id] for probe in probes), strict=True)
+    )
     # the ratio through the largest term stays exact where every probability underflows
-    top_NQ = scores_NQC.max(2)
-    relative_NQ = np.exp(scores_NQC - top_NQ[:, :, None]).sum(2)
     share_NQ = np.exp(own_NQ - top_NQ) / relative_NQ
     rank_NQ = 1.0 + (scores_NQC > own_NQ[:, :, None]).sum(2)
     coverage_NQ = np.exp(top_NQ) * relative_NQ

@@ -29,7 +29,7 @@ from sublim_plugin.analysis.collect import (
     RunRecords,
     StudentRecord,
 )
-from sublim_plugin.analysis.probe_columns import Columns, Pair
+from sublim_plugin.analysis.probe_columns import Columns, Known, Pair
 from sublim_plugin.analysis.probe_metrics import candidate_key
 from sublim_plugin.analysis.replication import too_few_datasets
 from sublim_plugin.analysis.student_settings import equal_weights, settings_of
@@ -153,6 +153,11 @@ class _Table:
         self.run = run
         self.students = {student.id: student for student in run.students}
         self.datasets = {dataset.id: dataset for dataset in run.datasets}
+        self.student_of = {
+            probe.id: self._find_student(probe)
+            for probe in run.probes
+            if probe.spec.student is not None
+        }
         numbers: dict[Any, int] = {}
         # a context is slow to hash, and there are four look-ups a row
         self.keys = {
@@ -172,6 +177,7 @@ class _Table:
         traits = [dataset.spec.trait for dataset in run.datasets]
         traits += [student.spec.trait for student in run.students]
         self.targets = [trait for trait in dict.fromkeys(traits) if trait != "neutral"]
+        self.known: Known = {}
         self.digests: dict[Any, str] = {}
         self.of_students: dict[str | None, dict[str, Any]] = {}
 
@@ -195,9 +201,6 @@ class _Table:
             row["row"] = f"R{number}"
             row["n_datasets"] = count
             row["dataset_interval"] = f"none: {reason}" if reason else "see effects.csv"
-        for i, row in enumerate(rows):
-            # in place, as it is as large as what is made of it
-            rows[i] = {name: row[name] for name in _FIELDS}
         return tuple(map(_complete, rows))
 
     def _of(self, target: str) -> list[dict[str, Any]]:
@@ -207,7 +210,7 @@ class _Table:
             for probe in self.run.probes
             if target.split("/")[0] == probe.spec.category and self._concerns(probe, target)
         ]
-        columns = Columns(probes, target)
+        columns = Columns(probes, target, self.known)
         against: dict[str, tuple[ProbeRecord | None, ProbeRecord | None, str]] = {}
         wanted: list[tuple[str, str]] = []
         for probe in probes:
@@ -229,6 +232,9 @@ class _Table:
         return self._student(probe).spec.trait in (target, "neutral")
 
     def _student(self, probe: ProbeRecord) -> StudentRecord:
+        return self.student_of[probe.id]
+
+    def _find_student(self, probe: ProbeRecord) -> StudentRecord:
         student = self.students.get((probe.spec.student or "")[:12])
         if student is None:
             raise InputError(
@@ -278,25 +284,23 @@ class _Table:
         role: Literal["base", "student", "control"] = "base"
         if student is not None:
             role = "control" if student.spec.trait == "neutral" else "student"
-        return (
-            self._student_fields(student)
-            | self._grouping(probe, student)
-            | values
-            | {
-                "role": role,
-                "target": target,
-                "eval_context": probe.spec.eval_context.slug,
-                "neutral_reason": neutral_reason,
-                "n_questions": len(probe.asked.ids),
-                "warning": "; ".join(warnings),
-                "base_model": probe.spec.base_model.name,
-                "questions_sha256": probe.spec.questions_sha256,
-                "probe": probe.id,
-                "base_probe": base.id if base else None,
-                "neutral_probe": neutral.id if neutral else None,
-                "simulated": bool(probe.manifest.spec.get("simulated", False)),
-            }
-        )
+        row = _EMPTY.copy()
+        row.update(self._student_fields(student))
+        row.update(self._grouping(probe, student))
+        row.update(values)
+        row["role"] = role
+        row["target"] = target
+        row["eval_context"] = probe.spec.eval_context.slug
+        row["neutral_reason"] = neutral_reason
+        row["n_questions"] = len(probe.asked.ids)
+        row["warning"] = "; ".join(warnings)
+        row["base_model"] = probe.spec.base_model.name
+        row["questions_sha256"] = probe.spec.questions_sha256
+        row["probe"] = probe.id
+        row["base_probe"] = base.id if base else None
+        row["neutral_probe"] = neutral.id if neutral else None
+        row["simulated"] = bool(probe.manifest.spec.get("simulated", False))
+        return row
 
     def _student_fields(self, student: StudentRecord | None) -> dict[str, Any]:
         """What a row says of its student, whatever it was asked."""
@@ -392,6 +396,7 @@ _AGAINST = {
 _NOTHING = (None,) * len(Pair._fields)
 _FIELDS = tuple(TransmissionRow.model_fields)
 _ALL = set(_FIELDS)
+_EMPTY: dict[str, Any] = dict.fromkeys(_FIELDS)
 
 
 def _complete(fields: dict[str, Any]) -> TransmissionRow:

@@ -105,9 +105,11 @@ def status(study: Path, out: Path | None, as_json: bool, why: bool, cells: bool)
     from sublim_plugin.study.overview import counts, failures, summary, table
     from sublim_plugin.study.reasons import Reasons
     from sublim_plugin.study.run import states_of
+    from sublim_plugin.study.state import read_manifests_ahead
 
     run_dir = _run_dir(study, out)
     with many_objects():
+        read_manifests_ahead(run_dir)
         states, prepared = states_of(study, run_dir)
         reasons = Reasons([state.cell for state in states], run_dir)
         told = {

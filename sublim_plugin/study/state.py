@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import canonical_json
 from sublim_plugin.core.lock import held
 from sublim_plugin.core.manifest import MANIFEST_NAME, Manifest, check_outputs, find_manifest
+from sublim_plugin.core.read_ahead import read_ahead
 from sublim_plugin.study.cells import Cell, plan
 from sublim_plugin.study.study_file import Study
 
@@ -61,6 +63,15 @@ def cell_state(cell: Cell, run_dir: Path) -> CellState:
         return CellState(cell, folder, "running")
     error = read_error(folder)
     return CellState(cell, folder, "failed" if error else "missing", error)
+
+
+def read_manifests_ahead(run_dir: Path) -> None:
+    """Have the manifests of a run folder in memory before they are read one by one."""
+    try:
+        names = os.listdir(run_dir / "cells")
+    except OSError:
+        return
+    read_ahead([f"{run_dir}/cells/{name}/{MANIFEST_NAME}" for name in names])
 
 
 def states_without_base(study: Study, run_dir: Path) -> list[CellState]:
