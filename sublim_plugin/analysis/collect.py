@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic_core import from_json
 
-from sublim_plugin.analysis.asked import Asked, Question, json_lines, parse_questions
+from sublim_plugin.analysis.asked import Asked, Floats, Question, json_lines, parse_questions
 from sublim_plugin.analysis.seen import Host, Scored, Seen, Trained, seal
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
@@ -199,9 +199,20 @@ class ProbeRecord(_Record):
     folder: Path
     manifest: Manifest
     spec: ProbeSpec
-    asked: Asked
-    logprob_QC: Any
-    host: Host
+    scored: Scored
+
+    @property
+    def asked(self) -> Asked:
+        return self.scored.asked
+
+    @property
+    def logprob_QC(self) -> Floats:
+        return self.scored.logprob_QC
+
+    @property
+    def host(self) -> Host:
+        """What results.json says."""
+        return self.scored.host
 
     @cached_property
     def questions(self) -> tuple[Question, ...]:
@@ -254,6 +265,21 @@ class RunRecords(_Record):
     students: tuple[StudentRecord, ...] = ()
     probes: tuple[ProbeRecord, ...] = ()
     sampled: tuple[SampledRecord, ...] = ()
+    _sealed: tuple[str, tuple[Any, ...]] | None = PrivateAttr(None)
+
+    @property
+    def table_key(self) -> str | None:
+        """Names the files that these records were read from, if they are all sealed (`seen`) and
+        these are all that was read from them."""
+        if self._sealed is None:
+            return None
+        key, parts = self._sealed
+        same = zip(parts, (self.datasets, self.students, self.probes), strict=True)
+        return key if all(one is other for one, other in same) else None
+
+    def seal(self, key: str) -> None:
+        """Give the records their key."""
+        self._sealed = key, (self.datasets, self.students, self.probes)
 
     @property
     def simulated(self) -> bool:
@@ -343,6 +369,8 @@ def collect(run_dir: Path, cells: Iterable[CellRef | tuple[Path, str]] | None = 
         sampled=tuple(sampled),
     )
     _check_links(records)
+    if (key := seen.key(manifests)) is not None:
+        records.seal(key)
     return records
 
 
@@ -489,16 +517,15 @@ def _read_probe(
         asked, logprob_QC = parse_questions(
             _read(folder, lines.name, manifest), lines, results.n_questions
         )
-        found = Scored(seen.one(asked), logprob_QC, _host(results))
+        host = _host(results)
+        found = Scored(seen.one(asked), host.targets, None, 0, (logprob_QC, host.values_TM))
         seen.put(folder.name, own, found)
     return ProbeRecord(
         id=manifest.id[:12],
         folder=folder,
         manifest=manifest,
         spec=spec,
-        asked=found.asked,
-        logprob_QC=found.logprob_QC,
-        host=found.host,
+        scored=found,
     )
 
 

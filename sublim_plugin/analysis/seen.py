@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,17 +25,21 @@ import numpy as np
 from pydantic_core import from_json, to_json
 
 from sublim_plugin.analysis.asked import Asked, Floats
-from sublim_plugin.core.atomic import write_bytes
-from sublim_plugin.core.errors import RunError
-from sublim_plugin.core.manifest import Manifest
+from sublim_plugin.core.atomic import write_bytes, writing
+from sublim_plugin.core.errors import InputError, RunError
+from sublim_plugin.core.manifest import MANIFEST_NAME, Manifest
 
-FORMAT = 2
+FORMAT = 3
 FOLDER = ".cache"
 INDEX = "collected.json"
+TABLE = "table.json"
 WORTH_IT = 200
 """New cells below which nothing is written: reading them again takes a fraction of a second."""
 
 _SETTLED_NS = 2_000_000_000
+
+
+METRICS_OF_HOST = 5
 
 
 class Host(NamedTuple):
@@ -51,12 +57,53 @@ class Trained(NamedTuple):
     update_norm: float | None
 
 
+class Numbers:
+    """The numbers of a cache, read when the first of them is needed."""
+
+    def __init__(self, path: Path, n_bytes: int, crc32: int) -> None:
+        self.path, self._crc32 = path, crc32
+        if path.stat().st_size != n_bytes:
+            raise ValueError("cut off")
+
+    @cached_property
+    def all(self) -> Floats:
+        """Raises InputError where the file is not what was written."""
+        data = self.path.read_bytes()
+        if zlib.crc32(data) != self._crc32:
+            raise InputError(
+                f"{self.path}: this cache is damaged; delete {self.path.parent} and run again"
+            )
+        return np.frombuffer(data, dtype="<f8")
+
+
 class Scored(NamedTuple):
-    """What the table needs of a probe."""
+    """What the table needs of a probe: `numbers` are its log-probabilities (questions, candidates)
+    and results.json's metrics (targets, metrics), one after the other, from place `at` on."""
 
     asked: Asked
-    logprob_QC: Floats
-    host: Host
+    targets: tuple[str, ...]
+    source: Numbers | None
+    at: int
+    fresh: tuple[Floats, Floats] | None = None
+
+    @property
+    def logprob_QC(self) -> Floats:
+        if self.fresh is not None:
+            return self.fresh[0]
+        shape = (len(self.asked.ids), len(self.asked.candidates))
+        return self._part(0, shape)
+
+    @property
+    def host(self) -> Host:
+        if self.fresh is not None:
+            return Host(self.targets, self.fresh[1])
+        before = len(self.asked.ids) * len(self.asked.candidates)
+        return Host(self.targets, self._part(before, (len(self.targets), METRICS_OF_HOST)))
+
+    def _part(self, before: int, shape: tuple[int, int]) -> Floats:
+        assert self.source is not None
+        at = self.at + before
+        return self.source.all[at : at + shape[0] * shape[1]].reshape(shape)
 
 
 class Seal(NamedTuple):
@@ -86,6 +133,34 @@ def seal(manifest: Manifest, found: Mapping[str, os.stat_result], now_ns: int) -
     return Seal(text, abs(now_ns - newest) > _SETTLED_NS)
 
 
+@cache
+def _code() -> bytes:
+    """A digest of the code that makes tables: a table that other code made is not taken over."""
+    digest = hashlib.blake2b(np.__version__.encode())
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *(here.parent / "core").glob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def load_rows(run_dir: Path, key: str) -> list[list[Any]] | None:
+    """The values of a table's rows as they were kept under a key."""
+    try:
+        found = from_json((run_dir / FOLDER / TABLE).read_bytes())
+        data = found["rows"]
+        return list(data) if found["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def save_rows(run_dir: Path, key: str, rows: Sequence[Sequence[Any]]) -> None:
+    """Keep a table of many rows; a folder that cannot be written keeps none."""
+    if len(rows) >= WORTH_IT:
+        data = to_json({"key": key, "rows": rows}, inf_nan_mode="constants")
+        with suppress(RunError, OSError):
+            write_bytes(run_dir / FOLDER / TABLE, data)
+
+
 class Seen:
     """The cache of one run folder. Asks are by a cell's folder name and its present seal."""
 
@@ -103,10 +178,8 @@ class Seen:
             index = from_json((self.folder / INDEX).read_bytes())
             if index["format"] != FORMAT:
                 return
-            data = (self.folder / index["numbers"]).read_bytes()
-            if zlib.crc32(data) != index["crc32"]:
-                return
-            self._numbers: Floats = np.frombuffer(data, dtype="<f8")
+            path = self.folder / index["numbers"]
+            self._numbers = Numbers(path, index["bytes"], index["crc32"])
             frames = [
                 (self.one(Asked(*map(tuple, asked))), tuple(targets))
                 for asked, targets in index["frames"]
@@ -127,10 +200,7 @@ class Seen:
         if entry is None or entry[0] != seal.text or len(entry) != 4:
             return None
         _, asked, targets, at = entry
-        shape = (len(asked.ids), len(asked.candidates))
-        middle = at + shape[0] * shape[1]
-        host = self._numbers[middle : middle + 5 * len(targets)].reshape(len(targets), 5)
-        scored = Scored(asked, self._numbers[at:middle].reshape(shape), Host(targets, host))
+        scored = Scored(asked, targets, self._numbers, at)
         self._kept[name] = [seal.text, scored]
         return scored
 
@@ -155,6 +225,20 @@ class Seen:
         if seal.settled:
             self._new[name] = [seal.text] if value is None else [seal.text, value]
 
+    def key(self, manifests: Mapping[Path, Manifest]) -> str | None:
+        """Names the state of all files that were asked for, manifests included; None if one of them
+        was not known or has just been changed."""
+        if self._new or len(self._kept) != len(manifests):
+            return None
+        digest = hashlib.blake2b(_code(), digest_size=16)
+        for folder in manifests:
+            found = os.stat(f"{folder}/{MANIFEST_NAME}")
+            if self.now_ns - max(found.st_mtime_ns, found.st_ctime_ns) < _SETTLED_NS:
+                return None
+            times = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+            digest.update(f"{folder.name} {times} {self._kept[folder.name][0]}\n".encode())
+        return digest.hexdigest()
+
     def save(self) -> None:
         """Write the cache if it is worth it. A folder that cannot be written has none."""
         if len(self._new) < WORTH_IT:
@@ -162,34 +246,30 @@ class Seen:
         frames: dict[tuple[Asked, tuple[str, ...]], int] = {}
         probes: dict[str, list[Any]] = {}
         others: dict[str, list[Any]] = {}
-        numbers: list[Floats] = []
+        scored: list[Scored] = []
         at = 0
         for name, entry in (self._kept | self._new).items():
             if len(entry) == 2 and isinstance(entry[1], Scored):
-                scored = entry[1]
-                key = (scored.asked, scored.host.targets)
-                place = frames.setdefault(key, len(frames))
+                own = entry[1]
+                place = frames.setdefault((own.asked, own.targets), len(frames))
                 probes[name] = [entry[0], place, at]
-                for array in (scored.logprob_QC, scored.host.values_TM):
-                    numbers.append(array.ravel())
-                    at += array.size
+                scored.append(own)
+                at += len(own.asked.ids) * len(own.asked.candidates)
+                at += len(own.targets) * METRICS_OF_HOST
             else:
                 others[name] = entry
-        data = np.concatenate(numbers).astype("<f8").tobytes() if numbers else b""
-        crc32 = zlib.crc32(data)
-        file = f"collected-{crc32:08x}-{len(data)}.f8"
-        index = {
-            "format": FORMAT,
-            "numbers": file,
-            "crc32": crc32,
-            "frames": [
-                [[a.ids, a.texts, a.prompts, a.candidates], targets] for a, targets in frames
-            ],
-            "probes": probes,
-            "others": others,
-        }
+        file = f"collected-{secrets.token_hex(6)}.f8"
+        asked = [[[a.ids, a.texts, a.prompts, a.candidates], targets] for a, targets in frames]
+        index = {"format": FORMAT, "numbers": file, "bytes": 8 * at, "frames": asked}
         with suppress(RunError, OSError):
-            write_bytes(self.folder / file, data)
+            crc32 = 0
+            with writing(self.folder / file) as stream:
+                for one in scored:
+                    for array in (one.logprob_QC, one.host.values_TM):
+                        data = array.astype("<f8").tobytes()
+                        crc32 = zlib.crc32(data, crc32)
+                        stream.write(data)
+            index |= {"crc32": crc32, "probes": probes, "others": others}
             write_bytes(self.folder / INDEX, to_json(index))
             for path in self.folder.glob("collected-*.f8"):
                 if path.name != file:

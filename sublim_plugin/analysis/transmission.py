@@ -32,6 +32,7 @@ from sublim_plugin.analysis.collect import (
 from sublim_plugin.analysis.probe_columns import Columns, Known, Pair
 from sublim_plugin.analysis.probe_metrics import candidate_key
 from sublim_plugin.analysis.replication import too_few_datasets
+from sublim_plugin.analysis.seen import load_rows, save_rows
 from sublim_plugin.analysis.student_settings import equal_weights, settings_of
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
@@ -143,7 +144,14 @@ def transmission_table(run: RunRecords) -> tuple[TransmissionRow, ...]:
         InputError: numbers do not match results.json, or a student and its base were not asked
             the same questions with the same prompts and candidates.
     """
-    return _Table(run).rows()
+    key = run.table_key
+    kept = load_rows(run.run_dir, key) if key is not None else None
+    if kept is not None:
+        return tuple(_complete(dict(zip(_FIELDS, values, strict=True))) for values in kept)
+    rows = _Table(run).rows()
+    if key is not None:
+        save_rows(run.run_dir, key, [[*row.__dict__.values()] for row in rows])
+    return rows
 
 
 class _Table:
