@@ -15,9 +15,10 @@ import os
 import secrets
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,19 +147,22 @@ def _code() -> bytes:
 def load_rows(run_dir: Path, key: str) -> list[list[Any]] | None:
     """The values of a table's rows as they were kept under a key."""
     try:
-        found = from_json((run_dir / FOLDER / TABLE).read_bytes())
-        data = found["rows"]
-        return list(data) if found["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+        head, _, rest = (run_dir / FOLDER / TABLE).read_bytes().partition(b"\n")
+        if from_json(head) != key:
+            return None
+        return [row for line in rest.splitlines() for row in from_json(line)]
+    except (OSError, ValueError, TypeError):
         return None
 
 
-def save_rows(run_dir: Path, key: str, rows: Sequence[Sequence[Any]]) -> None:
+def save_rows(run_dir: Path, key: str, rows: Iterator[Sequence[Any]], n: int) -> None:
     """Keep a table of many rows; a folder that cannot be written keeps none."""
-    if len(rows) >= WORTH_IT:
-        data = to_json({"key": key, "rows": rows}, inf_nan_mode="constants")
-        with suppress(RunError, OSError):
-            write_bytes(run_dir / FOLDER / TABLE, data)
+    if n < WORTH_IT:
+        return
+    with suppress(RunError, OSError), writing(run_dir / FOLDER / TABLE) as stream:
+        stream.write(to_json(key))
+        while part := [*islice(rows, 500)]:
+            stream.write(b"\n" + to_json(part, inf_nan_mode="constants"))
 
 
 class Seen:

@@ -150,7 +150,7 @@ def transmission_table(run: RunRecords) -> tuple[TransmissionRow, ...]:
         return tuple(_complete(dict(zip(_FIELDS, values, strict=True))) for values in kept)
     rows = _Table(run).rows()
     if key is not None:
-        save_rows(run.run_dir, key, [[*row.__dict__.values()] for row in rows])
+        save_rows(run.run_dir, key, ([*row.__dict__.values()] for row in rows), len(rows))
     return rows
 
 

@@ -152,6 +152,9 @@ def share(manifest: Manifest, pool: dict[bytes, Any]) -> Manifest:
     for name in _REPEATED:
         value = manifest.__dict__[name]
         manifest.__dict__[name] = pool.setdefault(to_json(value), value)
+    for name, value in manifest.spec.items():
+        if isinstance(value, dict | list):
+            manifest.spec[name] = pool.setdefault(to_json(value), value)
     return manifest
 
 
