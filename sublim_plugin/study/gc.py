@@ -108,9 +108,7 @@ def remove(items: Sequence[Item], run_dir: Path) -> list[Item]:
         except BusyError:
             continue
         except OSError as error:
-            raise RunError(f"{path}: cannot be removed ({error.strerror}); check its rights") from (
-                error
-            )
+            raise RunError(f"{path}: cannot be removed: {error}; check its rights") from error
         removed.append(item)
     return removed
 
@@ -191,7 +189,7 @@ def _bytes(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
