@@ -193,7 +193,9 @@ def _stated(
         "bytes": disk,
         "figure": "stated",
         "machine": figure.machine,
-        "source": f"stated: {figure.source}",
+        "source": figure.source
+        if figure.source.startswith("measured")
+        else f"stated: {figure.source}",
     }
 
 
