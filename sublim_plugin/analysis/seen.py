@@ -232,7 +232,8 @@ class Seen:
     def key(self, manifests: Mapping[Path, Manifest]) -> str | None:
         """Names the state of all files that were asked for, manifests included; None if one of them
         was not known or has just been changed."""
-        if self._new or len(self._kept) != len(manifests):
+        known = self._kept | self._new
+        if len(known) != len(manifests):
             return None
         digest = hashlib.blake2b(_code(), digest_size=16)
         for folder in manifests:
@@ -240,7 +241,7 @@ class Seen:
             if self.now_ns - max(found.st_mtime_ns, found.st_ctime_ns) < _SETTLED_NS:
                 return None
             times = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
-            digest.update(f"{folder.name} {times} {self._kept[folder.name][0]}\n".encode())
+            digest.update(f"{folder.name} {times} {known[folder.name][0]}\n".encode())
         return digest.hexdigest()
 
     def save(self) -> None:

@@ -111,12 +111,16 @@ def status(study: Path, out: Path | None, as_json: bool, why: bool, cells: bool)
     with many_objects():
         read_manifests_ahead(run_dir)
         states, prepared = states_of(study, run_dir)
-        reasons = Reasons([state.cell for state in states], run_dir)
-        told = {
-            state.cell.id: reasons.why(state) if prepared else "the base model is not prepared yet"
-            for state in states
-            if why and state.state != "done"
-        }
+        told = {}
+        if why:
+            reasons = Reasons([state.cell for state in states], run_dir)
+            told = {
+                state.cell.id: reasons.why(state)
+                if prepared
+                else "the base model is not prepared yet"
+                for state in states
+                if state.state != "done"
+            }
     if as_json:
         rows = [_state_row(s, told.get(s.cell.id)) for s in states]
         click.echo(json.dumps({"run": str(run_dir), "counts": counts(states), "cells": rows}))
