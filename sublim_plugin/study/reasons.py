@@ -104,9 +104,14 @@ class Reasons:
     def _places(self) -> dict[str, int]:
         """For each of the study's cells, the place of the nearest stale one of its kind."""
         found = {}
+        specs = self.stale_by_id | {cell.id: cell.spec for cell in self.cells.values()}
+        made: dict[str, dict[str, str]] = {}
         for kind, stale in self.stale.items():
             cells = [cell for cell in self.cells.values() if cell.kind == kind]
-            for cell, place in zip(cells, _nearest_places(cells, stale), strict=True):
+            ours = [_all_leaves(cell.spec, specs, made) for cell in cells]
+            theirs = [_all_leaves(one.spec, specs, made) for one in stale]
+            labels = [cell.label for cell in cells], [one.label for one in stale]
+            for cell, place in zip(cells, _nearest_places(ours, theirs, *labels), strict=True):
                 found[cell.id] = place
         return found
 
@@ -127,16 +132,20 @@ class Reasons:
                 yield from differences(before, after, key)
 
 
-def _nearest_places(cells: Sequence[Cell], stale: Sequence[_Stale]) -> list[int]:
-    """Places of the nearest among `stale`, by the number of leaves that differ; N cells, S stale.
+def _nearest_places(
+    ours: Sequence[Mapping[str, str]],
+    theirs: Sequence[Mapping[str, str]],
+    our_labels: Sequence[str],
+    their_labels: Sequence[str],
+) -> list[int]:
+    """For each of our N cells the place of the nearest of their S, by the leaves that differ.
 
     Leaves that all of them share are left out, so that little is compared: 20,000 cells with as
     many stale ones take seconds.
     """
     import numpy as np
 
-    specs = [cell.spec for cell in cells] + [one.spec for one in stale]
-    leaves = [dict(_leaves(spec)) for spec in specs]
+    leaves = [*ours, *theirs]
     codes: dict[str, dict[str, int]] = {}
     keys = sorted({key for own in leaves for key in own})
     table = np.array(
@@ -145,20 +154,40 @@ def _nearest_places(cells: Sequence[Cell], stale: Sequence[_Stale]) -> list[int]
         dtype=np.int32,
     )  # fmt: skip
     table = table[:, (table != table[0]).any(0)]
-    ours_NK, theirs_SK = table[: len(cells)], table[len(cells) :]
+    ours_NK, theirs_SK = table[: len(ours)], table[len(ours) :]
     # half a difference: a label breaks ties and decides nothing else
-    names = {stale_one.label: number for number, stale_one in enumerate(stale)}
-    ours_N = np.array([names.get(cell.label, -1) for cell in cells])
-    theirs_S = np.array([names[one.label] for one in stale])
+    names = {label: number for number, label in enumerate(their_labels)}
+    ours_N = np.array([names.get(label, -1) for label in our_labels])
+    theirs_S = np.array([names[label] for label in their_labels])
     places: list[int] = []
-    step = max(1, 4_000_000 // len(stale))
-    for at in range(0, len(cells), step):
+    step = max(1, 4_000_000 // len(theirs))
+    for at in range(0, len(ours), step):
         rows = slice(at, at + step)
         count_NS = 0.5 * (ours_N[rows, None] != theirs_S[None])
         for k in range(table.shape[1]):
             count_NS += ours_NK[rows, None, k] != theirs_SK[None, :, k]
         places += count_NS.argmin(1).tolist()
     return places
+
+
+def _all_leaves(
+    spec: Mapping[str, Any],
+    specs: Mapping[str, Mapping[str, Any]],
+    made: dict[str, dict[str, str]],
+) -> dict[str, str]:
+    """The leaves of a spec and, in the place of the ids in it, those of the specs that they name.
+
+    An id changes with everything below it; only what is below says how near two cells are.
+    """
+    found: dict[str, str] = {}
+    for key, value in spec.items():
+        if isinstance(value, str) and value in specs:
+            if value not in made:
+                made[value] = _all_leaves(specs[value], specs, made)
+            found |= {f"{key}.{name}": leaf for name, leaf in made[value].items()}
+        else:
+            found.update(_leaves(value, key))
+    return found
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -81,6 +81,13 @@ def test_the_input_that_changed_is_named_down_the_chain(tmp_path: Path) -> None:
     # of several that are equally near, the one with the same label
     assert told["cat g1 lora r8 t42"].startswith("changed since student-cat-g1-lora-r8-t42-")
     assert told["base none"] == "done"
+    # with another label too: what differs below the ids finds the right one
+    write_study(tmp_path, datasets__sampler__temperature=0.7, training__seeds=[7])
+    cells = cells_of(study)
+    told = {c.label: Reasons(cells, run_dir).why(cell_state(c, run_dir)) for c in cells[-3:]}
+    assert told["neutral g1 lora r8 t7 none"].endswith(
+        f": student.dataset.{change}; student.training_seed: 42 → 7"
+    )
     # and a large study says it once for all cells of a kind
     for seeds in ([1], [1, 2, 3]):
         write_study(tmp_path, datasets__generation_seeds=seeds, datasets__sampler__temperature=0.7)
