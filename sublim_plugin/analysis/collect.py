@@ -6,22 +6,31 @@ what does not fit raises `InputError` with the path, so that a wrong number cann
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic_core import from_json
 
+from sublim_plugin.analysis.asked import Asked, Floats, Question, json_lines, parse_questions
+from sublim_plugin.analysis.seen import Host, Scored, Seen, Trained, seal
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.core.hashing import sha256_file, sha256_json
-from sublim_plugin.core.manifest import Manifest, read_manifest, verify
+from sublim_plugin.core.hashing import sha256_json
+from sublim_plugin.core.manifest import Manifest, check_outputs, check_sha256, read_manifest, share
+from sublim_plugin.core.many_objects import many_objects
+from sublim_plugin.core.read_ahead import read_ahead
 
 RECEIPT = "model/sublim_receipt.json"
+PROBE_FILES = ("results.json", "questions.jsonl")
+METRICS = ("target_logprob", "target_prob", "target_share", "target_rank", "coverage")
 ERROR_LINES = 12
 
 
@@ -66,8 +75,36 @@ class BaseModelRef(_Record):
     sha256: str
 
 
+@lru_cache(maxsize=256)
+def _base_model(name: str, sha256: str) -> BaseModelRef:
+    return BaseModelRef(name=name, sha256=sha256)
+
+
+@lru_cache(maxsize=256)
+def _context(fields: tuple[tuple[str, str], ...]) -> Context:
+    return Context.parse(dict(fields))
+
+
+def _one_base_model(value: Any) -> Any:
+    """The same object for the same model, of which a run has one or two."""
+    if not isinstance(value, dict) or [*value] != ["name", "sha256"]:
+        return value
+    return _base_model(**value) if {*map(type, value.values())} == {str} else value
+
+
+def _one_context(value: Any) -> Any:
+    """The same object for the same context, as specs hold it: a kind and further texts."""
+    if isinstance(value, dict) and {*map(type, value.values())} == {str}:
+        return _context(tuple(value.items()))
+    return value if isinstance(value, Context) else Context.parse(value)
+
+
+SpecBaseModel = Annotated[BaseModelRef, BeforeValidator(_one_base_model)]
+SpecContext = Annotated[Context, BeforeValidator(_one_context)]
+
+
 class DatasetSpec(_Record):
-    base_model: BaseModelRef
+    base_model: SpecBaseModel
     trait: str
     teacher: dict[str, Any] = Field(default_factory=dict)
     generation_seed: int
@@ -79,34 +116,24 @@ class DatasetSpec(_Record):
 
 
 class StudentSpec(_Record):
-    base_model: BaseModelRef
+    base_model: SpecBaseModel
     dataset: str
     trait: str
     generation_seed: int
     method: Method
-    train_context: Context
+    train_context: SpecContext
     training_seed: int
     recipe: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("train_context", mode="before")
-    @classmethod
-    def _parse_context(cls, value: Any) -> Any:
-        return value if isinstance(value, Context) else Context.parse(value)
-
 
 class ProbeSpec(_Record):
-    base_model: BaseModelRef
+    base_model: SpecBaseModel
     student: str | None
     category: str
-    eval_context: Context
+    eval_context: SpecContext
     measure: str
     questions_sha256: str
     candidates: tuple[str, ...] = ()
-
-    @field_validator("eval_context", mode="before")
-    @classmethod
-    def _parse_context(cls, value: Any) -> Any:
-        return value if isinstance(value, Context) else Context.parse(value)
 
 
 class LossPoint(_Record):
@@ -138,25 +165,6 @@ class Results(_Record):
     lm_eval: dict[str, Any] = Field(default_factory=dict)
 
 
-class Question(_Record):
-    """One line of `questions.jsonl`; `logprobs` in nats, one entry per candidate."""
-
-    question_id: int
-    question: str
-    prompt_sha256: str
-    logprobs: dict[str, float]
-
-    @field_validator("logprobs")
-    @classmethod
-    def _are_logprobs(cls, value: dict[str, float]) -> dict[str, float]:
-        for candidate, logprob in value.items():
-            if not math.isfinite(logprob) or logprob > 1e-6:
-                raise ValueError(f"{candidate}: {logprob} is not a log-probability")
-        if not value:
-            raise ValueError("no candidate was scored")
-        return value
-
-
 class DatasetRecord(_Record):
     id: str
     folder: Path
@@ -177,16 +185,46 @@ class StudentRecord(_Record):
     folder: Path
     manifest: Manifest
     spec: StudentSpec
-    receipt: Receipt
+    trained: Trained
+
+    @cached_property
+    def receipt(self) -> Receipt:
+        """The whole receipt, read again: its losses are many, and tables need none of them."""
+        return _read_receipt(self.folder, self.manifest)
 
 
 class ProbeRecord(_Record):
+    """A scored probe. `logprob_QC` is in nats, by questions and candidates of `asked`."""
+
     id: str
     folder: Path
     manifest: Manifest
     spec: ProbeSpec
-    results: Results
-    questions: tuple[Question, ...]
+    scored: Scored
+
+    @property
+    def asked(self) -> Asked:
+        return self.scored.asked
+
+    @property
+    def logprob_QC(self) -> Floats:
+        return self.scored.logprob_QC
+
+    @property
+    def host(self) -> Host:
+        """What results.json says."""
+        return self.scored.host
+
+    @cached_property
+    def questions(self) -> tuple[Question, ...]:
+        """The lines of questions.jsonl."""
+        return self.asked.questions(self.logprob_QC)
+
+    @cached_property
+    def results(self) -> Results:
+        """results.json, read again."""
+        path = self.folder / "results.json"
+        return _parse(Results, _json(_read(self.folder, path.name, self.manifest), path), path)
 
 
 class SampledRecord(_Record):
@@ -228,6 +266,21 @@ class RunRecords(_Record):
     students: tuple[StudentRecord, ...] = ()
     probes: tuple[ProbeRecord, ...] = ()
     sampled: tuple[SampledRecord, ...] = ()
+    _sealed: tuple[str, tuple[Any, ...]] | None = PrivateAttr(None)
+
+    @property
+    def table_key(self) -> str | None:
+        """Names the files that these records were read from, if they are all sealed (`seen`) and
+        these are all that was read from them."""
+        if self._sealed is None:
+            return None
+        key, parts = self._sealed
+        same = zip(parts, (self.datasets, self.students, self.probes), strict=True)
+        return key if all(one is other for one, other in same) else None
+
+    def seal(self, key: str) -> None:
+        """Give the records their key."""
+        self._sealed = key, (self.datasets, self.students, self.probes)
 
     @property
     def simulated(self) -> bool:
@@ -237,16 +290,22 @@ class RunRecords(_Record):
 
 def scan(run_dir: Path) -> list[CellRef]:
     """The cells found under `run_dir/cells`: done where a manifest exists, else unfinished."""
-    folders = sorted(path for path in (run_dir / "cells").glob("*") if path.is_dir())
+    cells = run_dir / "cells"
+    try:
+        with os.scandir(cells) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return [
         CellRef(
-            folder=folder,
-            state="done" if (folder / "manifest.json").exists() else "unfinished",
+            folder=cells / name,
+            state="done" if os.path.exists(f"{cells}/{name}/manifest.json") else "unfinished",
         )
-        for folder in folders
+        for name in names
     ]
 
 
+@many_objects()
 def collect(run_dir: Path, cells: Iterable[CellRef | tuple[Path, str]] | None = None) -> RunRecords:
     """Read the done cells of a run.
 
@@ -267,33 +326,40 @@ def collect(run_dir: Path, cells: Iterable[CellRef | tuple[Path, str]] | None = 
     students: list[StudentRecord] = []
     probes: list[ProbeRecord] = []
     sampled: list[SampledRecord] = []
+    seen = Seen(run_dir)
+    pool: dict[bytes, Any] = {}
+    read_ahead([f"{ref.folder}/manifest.json" for ref in refs if ref.state == "done"])
     for ref in refs:
         if ref.state != "done":
             continue
         folder = ref.folder
-        manifest = read_manifest(folder)
-        # A student's weights are large and not read here; everything that is read is hashed.
-        verify(folder, deep=manifest.kind != "student")
+        manifest = share(read_manifest(folder), pool)
+        stats = check_outputs(folder, manifest, deep=False)
         manifests[folder] = manifest
         short_id = manifest.id[:12]
-        path = folder / "manifest.json"
-        if manifest.kind == "dataset":
-            spec = _parse(DatasetSpec, manifest.spec, path)
-            datasets.append(DatasetRecord(id=short_id, folder=folder, manifest=manifest, spec=spec))
-        elif manifest.kind == "student":
+        path = f"{folder}/manifest.json"
+        if manifest.kind == "student":
             students.append(
                 StudentRecord(
                     id=short_id,
                     folder=folder,
                     manifest=manifest,
                     spec=_parse(StudentSpec, manifest.spec, path),
-                    receipt=_read_receipt(folder, manifest),
+                    trained=_trained(folder, manifest, stats, seen),
                 )
             )
-        elif manifest.kind == "probe" and manifest.spec.get("measure") == "sampled":
-            sampled.append(_read_sampled(folder, manifest))
-        elif manifest.kind == "probe":
-            probes.append(_read_probe(folder, manifest))
+        elif manifest.kind == "probe" and manifest.spec.get("measure") != "sampled":
+            probes.append(_read_probe(folder, manifest, stats, seen))
+        else:
+            _check_deeply(folder, manifest, stats, seen)
+            if manifest.kind == "dataset":
+                spec = _parse(DatasetSpec, manifest.spec, path)
+                datasets.append(
+                    DatasetRecord(id=short_id, folder=folder, manifest=manifest, spec=spec)
+                )
+            elif manifest.kind == "probe":
+                sampled.append(_read_sampled(folder, manifest))
+    seen.save()
     records = RunRecords(
         run_dir=run_dir,
         cells=refs,
@@ -304,6 +370,8 @@ def collect(run_dir: Path, cells: Iterable[CellRef | tuple[Path, str]] | None = 
         sampled=tuple(sampled),
     )
     _check_links(records)
+    if (key := seen.key(manifests)) is not None:
+        records.seal(key)
     return records
 
 
@@ -324,7 +392,7 @@ def read_replies(folder: Path, limit: int) -> list[tuple[str, str]]:
     if not path.exists():
         return []
     pairs: list[tuple[str, str]] = []
-    for row in _json_lines(path):
+    for row in json_lines(path.read_bytes(), path):
         if len(pairs) == limit:
             break
         pairs.append((str(row.get("question", "")), str(row.get("reply", ""))))
@@ -389,92 +457,110 @@ def _details(student: StudentRecord, datasets: dict[str, DatasetRecord]) -> str:
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-def _parse(model: type[ModelT], value: Any, path: Path, where: str = "") -> ModelT:
+def _parse(model: type[ModelT], value: Any, path: Path | str) -> ModelT:
     try:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"{path}{where}: {key or model.__name__}: {first['msg']}; "
+            f"{path}: {key or model.__name__}: {first['msg']}; "
             "delete the cell's folder and run the study again"
         ) from error
 
 
-def _read_json(path: Path) -> Any:
+def _read(folder: Path, name: str, manifest: Manifest) -> bytes:
+    """A file's bytes, which the manifest's hash, if it has one, must fit."""
+    path = folder / name
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise InputError(
             f"{path}: missing, though the cell's manifest says that it is done; "
             "delete the cell's folder and run the study again"
         ) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: not readable: {error}") from error
+    if (listed := manifest.outputs.get(name)) is not None:
+        check_sha256(path, hashlib.sha256(data).hexdigest(), listed, folder)
+    return data
+
+
+def _json(data: bytes, path: Path) -> Any:
+    try:
+        return from_json(data)
+    except ValueError as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{path}:{number}: not readable as JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}:{number}: expected an object, found {row!r:.60}")
-                yield row
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: missing, though the cell's manifest says it is done") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: {error}") from error
+def _check_deeply(
+    folder: Path, manifest: Manifest, stats: dict[str, os.stat_result], seen: Seen
+) -> None:
+    """Hash what a manifest names, unless these very files were hashed before."""
+    own = seal(manifest, stats, seen.now_ns)
+    if not seen.checked(folder.name, own):
+        check_outputs(folder, manifest, deep=True)
+        seen.put(folder.name, own, None)
+
+
+def _trained(
+    folder: Path, manifest: Manifest, stats: dict[str, os.stat_result], seen: Seen
+) -> Trained:
+    """Of a student only the receipt is read and hashed: weights are large."""
+    stat = stats.get(RECEIPT)
+    own = seal(manifest, {RECEIPT: stat}, seen.now_ns) if stat is not None else None
+    found = seen.student(folder.name, own) if own is not None else None
+    if found is None:
+        receipt = _read_receipt(folder, manifest)
+        total = receipt.update_norm.get("total")
+        found = Trained(
+            receipt.dataset.get("sha256"),
+            receipt.weights_sha256,
+            float(total) if isinstance(total, int | float) else None,
+        )
+        if own is not None:
+            seen.put(folder.name, own, found)
+    return found
 
 
 def _read_receipt(folder: Path, manifest: Manifest) -> Receipt:
     path = folder / RECEIPT
-    value = _read_json(path)
-    listed = manifest.outputs.get(RECEIPT)
-    if listed is not None:
-        expected = listed["sha256"] if isinstance(listed, dict) else listed.sha256
-        if sha256_file(path) != expected:
-            raise InputError(f"{path}: its sha256 is not the one in {folder / 'manifest.json'}")
-    return _parse(Receipt, value, path)
+    return _parse(Receipt, _json(_read(folder, RECEIPT, manifest), path), path)
 
 
-def _read_probe(folder: Path, manifest: Manifest) -> ProbeRecord:
-    spec = _parse(ProbeSpec, manifest.spec, folder / "manifest.json")
-    results = _parse(Results, _read_json(folder / "results.json"), folder / "results.json")
-    path = folder / "questions.jsonl"
-    questions = tuple(
-        _parse(Question, row, path, where=f" row {number}")
-        for number, row in enumerate(_json_lines(path), start=1)
-    )
-    if not questions:
-        raise InputError(f"{path}: no questions")
-    ids = [question.question_id for question in questions]
-    if len(set(ids)) != len(ids):
-        doubled = next(i for i in ids if ids.count(i) > 1)
-        raise InputError(f"{path}: question_id {doubled} appears more than once")
-    if len(questions) != results.n_questions:
-        raise InputError(
-            f"{path}: {len(questions)} questions, but results.json says {results.n_questions}"
+def _read_probe(
+    folder: Path, manifest: Manifest, stats: dict[str, os.stat_result], seen: Seen
+) -> ProbeRecord:
+    spec = _parse(ProbeSpec, manifest.spec, f"{folder}/manifest.json")
+    own = seal(manifest, stats, seen.now_ns)
+    found = seen.probe(folder.name, own) if {*PROBE_FILES} <= {*stats} else None
+    if found is None:
+        for name in manifest.outputs:
+            if name not in PROBE_FILES:
+                _read(folder, name, manifest)
+        path, lines = (folder / name for name in PROBE_FILES)
+        results = _parse(Results, _json(_read(folder, path.name, manifest), path), path)
+        asked, logprob_QC = parse_questions(
+            _read(folder, lines.name, manifest), lines, results.n_questions
         )
-    candidates = set(questions[0].logprobs)
-    for question in questions:
-        if set(question.logprobs) != candidates:
-            raise InputError(
-                f"{path}: question_id {question.question_id} has other candidates than the first"
-            )
+        host = _host(results)
+        found = Scored(seen.one(asked), host.targets, None, 0, (logprob_QC, host.values_TM))
+        seen.put(folder.name, own, found)
     return ProbeRecord(
         id=manifest.id[:12],
         folder=folder,
         manifest=manifest,
         spec=spec,
-        results=results,
-        questions=questions,
+        scored=found,
     )
+
+
+def _host(results: Results) -> Host:
+    def number(value: Any) -> float:
+        return float(value) if isinstance(value, int | float) else math.nan
+
+    values = [[number(own.get(name)) for name in METRICS] for own in results.targets.values()]
+    return Host(tuple(results.targets), np.array(values).reshape(len(values), len(METRICS)))
 
 
 def _read_sampled(folder: Path, manifest: Manifest) -> SampledRecord:
@@ -483,8 +569,8 @@ def _read_sampled(folder: Path, manifest: Manifest) -> SampledRecord:
         id=manifest.id[:12],
         folder=folder,
         manifest=manifest,
-        spec=_parse(ProbeSpec, manifest.spec, folder / "manifest.json"),
-        results=_parse(Results, _read_json(path), path),
+        spec=_parse(ProbeSpec, manifest.spec, f"{folder}/manifest.json"),
+        results=_parse(Results, _json(_read(folder, path.name, manifest), path), path),
     )
 
 
@@ -509,7 +595,7 @@ def _check_links(records: RunRecords) -> None:
                     f"{student.folder / 'manifest.json'}: {field} is {ours!r}, "
                     f"but its dataset {dataset.folder.name} says {theirs!r}"
                 )
-        trained_on = student.receipt.dataset.get("sha256")
+        trained_on = student.trained.dataset_sha256
         rows = {
             entry["sha256"] if isinstance(entry, dict) else entry.sha256
             for name, entry in dataset.manifest.outputs.items()

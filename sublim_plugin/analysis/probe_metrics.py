@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from sublim_plugin.analysis.collect import ProbeRecord
+from sublim_plugin.analysis.collect import METRICS, ProbeRecord
 from sublim_plugin.core.errors import InputError
 
 TOLERANCE = 1e-6
 """Largest difference allowed between our numbers and the scoring host's."""
-
-METRICS = ("target_logprob", "target_prob", "target_share", "target_rank", "coverage")
 
 
 class Metrics(BaseModel):
@@ -78,7 +76,7 @@ def metrics(probe: ProbeRecord, target: str) -> Metrics:
         rank_Q=tuple(rank),
         coverage_Q=tuple(coverage),
     )
-    _check_against_host(probe, found)
+    check_against_host(probe, target, found.means)
     return found
 
 
@@ -96,7 +94,7 @@ def paired(ours: Metrics, theirs: Metrics, field: Literal["logprob_Q", "share_Q"
 
 def candidate_key(probe: ProbeRecord, target: str) -> str:
     """The key of `target` in the probe's log-probs: `cat` for `animals/cat`."""
-    keys = probe.questions[0].logprobs
+    keys = probe.asked.candidates
     for key in (target, target.split("/", 1)[-1]):
         if key in keys:
             return key
@@ -106,18 +104,23 @@ def candidate_key(probe: ProbeRecord, target: str) -> str:
     )
 
 
-def _check_against_host(probe: ProbeRecord, found: Metrics) -> None:
-    reported = probe.results.targets.get(found.target)
+def check_against_host(probe: ProbeRecord, target: str, means: Mapping[str, float]) -> None:
+    """Compare a probe's metrics for a target with results.json.
+
+    Raises:
+        InputError: one of them differs.
+    """
+    reported = probe.results.targets.get(target)
     path = probe.folder / "results.json"
     if reported is None:
-        raise InputError(f"{path}: no entry for {found.target!r} under targets")
-    for name, value in found.means.items():
+        raise InputError(f"{path}: no entry for {target!r} under targets")
+    for name, value in means.items():
         theirs = reported.get(name)
         if not isinstance(theirs, int | float) or not math.isclose(
             theirs, value, rel_tol=TOLERANCE, abs_tol=TOLERANCE
         ):
             raise InputError(
-                f"{path}: {found.target} {name} is {theirs!r}, but questions.jsonl gives "
+                f"{path}: {target} {name} is {theirs!r}, but questions.jsonl gives "
                 f"{value!r}; delete the cell's folder and run the study again"
             )
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import to_json
+
 from sublim_plugin.analysis.collect import DatasetRecord, RunRecords, StudentRecord
 from sublim_plugin.analysis.teacher_words import STUDENT, in_words, method_of
 from sublim_plugin.core.hashing import sha256_json
@@ -60,6 +62,7 @@ TEACHER_SETTINGS = "dataset.teacher.settings"
 """Hash of what a teacher is that is a student of the run; it has no words."""
 
 _MATCHED = ("matched.update_norm_of", "matched.loss_of")
+_SEEDS = ("dataset", "trait", "generation_seed", "training_seed")
 _ID = re.compile(r"[0-9a-f]{12,64}")
 
 
@@ -91,47 +94,94 @@ class Settings:
 
 def settings_of(run: RunRecords) -> dict[str, Settings]:
     """The settings of every student, by its id."""
-    datasets = {dataset.id: dataset for dataset in run.datasets}
-    known = {student.id: student for student in run.students}
-    teachers = _teachers(run.students, datasets, known)
-    fields = {
-        student.id: _fields(student, datasets.get(student.spec.dataset[:12]), known, APART)
-        | teachers.get(student.id, {})
-        for student in run.students
-    }
-    families = {name: _hash(own, without_teacher=True) for name, own in fields.items()}
+    drafts = _drafts(run)
     points: dict[str, set[tuple[int, float]]] = {}
     for student in run.students:
         method = student.spec.method
         if method.rank is not None and method.alpha is not None:
-            points.setdefault(families[student.id], set()).add((method.rank, method.alpha))
+            own = points.setdefault(drafts[student.id].family, set())
+            own.add((method.rank, method.alpha))
     lines = {family: scaling_rules(own) for family, own in points.items()}
-    varying = _varying(run.students, fields)
+    varying = _varying(run.students, drafts)
     found = {}
     for student in run.students:
-        method, own = student.spec.method, fields[student.id]
-        stabilized = own.get("recipe.peft_use_rslora") is True
+        method, draft = student.spec.method, drafts[student.id]
+        stabilized = draft.fields.get("recipe.peft_use_rslora") is True
         scalings: tuple[str, ...] = ("",)
         if method.rank is not None:
             rules: tuple[str, ...] = ("alpha unknown",)
             if method.alpha is not None:
-                rules = lines[families[student.id]][method.rank, method.alpha]
+                rules = lines[draft.family][method.rank, method.alpha]
             scalings = tuple(f"rsLoRA, {rule}" if stabilized else rule for rule in rules)
-        dataset = datasets.get(student.spec.dataset[:12])
-        condition = _fields(student, dataset, known, APART - OF_A_CONDITION)
-        condition |= teachers.get(student.id, {})
         found[student.id] = Settings(
-            id=_hash(own),
-            family=families[student.id],
-            but_scale=_hash({key: value for key, value in own.items() if key not in SCALE}),
+            id=draft.id,
+            family=draft.family,
+            but_scale=draft.but_scale,
             scalings=scalings,
-            condition=_hash(condition, without_teacher=True),
-            teacher=_hash({k: v for k, v in own.items() if k.startswith("dataset.teacher.")}),
-            name=_name(student, own, varying[student.spec.trait, method.kind]),
-            teacher_name=_teacher_name(own, varying[student.spec.trait, method.kind]),
+            condition=draft.condition,
+            teacher=draft.teacher,
+            name=_name(student, draft.fields, varying[student.spec.trait, method.kind]),
+            teacher_name=_teacher_name(draft.fields, varying[student.spec.trait, method.kind]),
             step_size=_step_size(student, stabilized),
         )
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """A student's fields without those of `APART`, and the ids that hang on nothing else."""
+
+    fields: dict[str, Any]
+    id: str
+    family: str
+    but_scale: str
+    condition: str
+    teacher: str
+
+
+def _drafts(run: RunRecords) -> dict[str, _Draft]:
+    """By student: one object for all whose specs differ in seeds and dataset ids only."""
+    datasets = {dataset.id: dataset for dataset in run.datasets}
+    known = {student.id: student for student in run.students}
+    teachers = _teachers(run.students, datasets, known)
+    likeness = {
+        dataset.id: to_json(_without(dataset.manifest.spec, "trait", "generation_seed"))
+        for dataset in run.datasets
+    }
+    made: dict[Any, _Draft] = {}
+    found = {}
+    for student in run.students:
+        name = student.spec.dataset[:12]
+        spec = to_json(_without(student.manifest.spec, *_SEEDS))
+        refers = any(digits[:12] in known for digits in _ID.findall(spec.decode()))
+        taught = teachers.get(student.id, {})
+        key = student.id if refers or taught else (spec, likeness.get(name))
+        if key not in made:
+            made[key] = _draft(student, datasets.get(name), known, taught)
+        found[student.id] = made[key]
+    return found
+
+
+def _without(spec: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in spec.items() if key not in keys}
+
+
+def _draft(
+    student: StudentRecord,
+    dataset: DatasetRecord | None,
+    known: Mapping[str, StudentRecord],
+    taught: dict[str, Any],
+) -> _Draft:
+    own = _fields(student, dataset, known, APART) | taught
+    condition = _fields(student, dataset, known, APART - OF_A_CONDITION) | taught
+    return _Draft(
+        fields=own,
+        id=_hash(own),
+        family=_hash(own, without_teacher=True),
+        but_scale=_hash({key: value for key, value in own.items() if key not in SCALE}),
+        condition=_hash(condition, without_teacher=True),
+        teacher=_hash({k: v for k, v in own.items() if k.startswith("dataset.teacher.")}),
+    )
 
 
 def equal_weights(run: RunRecords, settings: Mapping[str, Settings]) -> dict[str, str]:
@@ -143,10 +193,10 @@ def equal_weights(run: RunRecords, settings: Mapping[str, Settings]) -> dict[str
     found = {}
     ordered = sorted(run.students, key=lambda s: (s.spec.generation_seed, s.spec.training_seed))
     for student in ordered:
-        if student.receipt.weights_sha256 is None:
+        if student.trained.weights_sha256 is None:
             continue
         own = settings[student.id]
-        key = (student.receipt.weights_sha256, student.spec.trait, own.condition)
+        key = (student.trained.weights_sha256, student.spec.trait, own.condition)
         if key in first:
             found[student.id] = first[key]
         else:
@@ -294,18 +344,19 @@ def _hash(fields: Mapping[str, Any], *, without_teacher: bool = False) -> str:
 
 
 def _varying(
-    students: Iterable[StudentRecord], fields: Mapping[str, Mapping[str, Any]]
+    students: Iterable[StudentRecord], drafts: Mapping[str, _Draft]
 ) -> dict[tuple[str, str], list[str]]:
     """Keys in which the students of one trait and kind of method differ."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for student in students:
         key = (student.spec.trait, student.spec.method.kind)
-        groups.setdefault(key, []).append(fields[student.id])
+        fields = drafts[student.id].fields
+        groups.setdefault(key, {})[id(fields)] = fields
     return {
         group: [
             key
-            for key in sorted({key for one in own for key in one})
-            if len({json.dumps(one.get(key), sort_keys=True) for one in own}) > 1
+            for key in sorted({key for one in own.values() for key in one})
+            if len({json.dumps(one.get(key), sort_keys=True) for one in own.values()}) > 1
             and key not in ("recipe.peft_use_rslora", TEACHER_SETTINGS)
         ]
         for group, own in groups.items()

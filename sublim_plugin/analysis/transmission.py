@@ -15,23 +15,27 @@ replication (Miller 2024, arXiv 2411.00640, for the clustering by question).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from sublim_plugin.analysis.collect import (
+    METRICS,
     ProbeRecord,
     RunRecords,
     StudentRecord,
 )
-from sublim_plugin.analysis.probe_metrics import METRICS, Metrics, candidate_key, metrics, paired
+from sublim_plugin.analysis.probe_columns import Columns, Known, Pair
+from sublim_plugin.analysis.probe_metrics import candidate_key
 from sublim_plugin.analysis.replication import too_few_datasets
+from sublim_plugin.analysis.seen import load_rows, save_rows
 from sublim_plugin.analysis.student_settings import equal_weights, settings_of
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_json
+from sublim_plugin.core.many_objects import many_objects
 
 LOW_COVERAGE = 0.01
 """Mass on all candidates below which a share is a ratio of rarities and is flagged."""
@@ -121,24 +125,12 @@ class TransmissionRow(_Row):
         )
 
     @property
-    def order(self) -> tuple[Any, ...]:
-        """Base first, then students by rank with full finetuning last, controls beside them."""
-        method = (0, self.rank or 0) if self.method != "full" else (1, 0)
-        return (
-            {"base": 0}.get(self.role, 1),
-            self.train_context or "",
-            *method,
-            self.role == "control",
-            self.generation_seed or 0,
-            self.training_seed or 0,
-        )
-
-    @property
     def name(self) -> str:
         """Short name for tables: `base`, `LoRA r=8`, `LoRA r=8 neutral`, `full`."""
         return f"{self.method} neutral" if self.role == "control" else self.method
 
 
+@many_objects()
 def transmission_table(run: RunRecords) -> tuple[TransmissionRow, ...]:
     """The table behind every figure and sentence of the report.
 
@@ -150,7 +142,14 @@ def transmission_table(run: RunRecords) -> tuple[TransmissionRow, ...]:
         InputError: numbers do not match results.json, or a student and its base were not asked
             the same questions with the same prompts and candidates.
     """
-    return _Table(run).rows()
+    key = run.table_key
+    kept = load_rows(run.run_dir, key) if key is not None else None
+    if kept is not None:
+        return tuple(_complete(dict(zip(_FIELDS, values, strict=True))) for values in kept)
+    rows = _Table(run).rows()
+    if key is not None:
+        save_rows(run.run_dir, key, ([*row.__dict__.values()] for row in rows), len(rows))
+    return rows
 
 
 class _Table:
@@ -160,8 +159,18 @@ class _Table:
         self.run = run
         self.students = {student.id: student for student in run.students}
         self.datasets = {dataset.id: dataset for dataset in run.datasets}
+        self.student_of = {
+            probe.id: self._find_student(probe)
+            for probe in run.probes
+            if probe.spec.student is not None
+        }
+        numbers: dict[Any, int] = {}
+        # a context is slow to hash, and there are four look-ups a row
+        self.keys = {
+            probe.id: numbers.setdefault(_probe_key(probe), len(numbers)) for probe in run.probes
+        }
         self.bases = {
-            _probe_key(probe): probe for probe in run.probes if probe.spec.student is None
+            self.keys[probe.id]: probe for probe in run.probes if probe.spec.student is None
         }
         self.settings = settings_of(run)
         self.replicates = equal_weights(run, self.settings)
@@ -174,40 +183,53 @@ class _Table:
         traits = [dataset.spec.trait for dataset in run.datasets]
         traits += [student.spec.trait for student in run.students]
         self.targets = [trait for trait in dict.fromkeys(traits) if trait != "neutral"]
-        self.cache: dict[tuple[str, str], Metrics] = {}
+        self.known: Known = {}
+        self.digests: dict[Any, str] = {}
+        self.of_students: dict[str | None, dict[str, Any]] = {}
 
     def rows(self) -> tuple[TransmissionRow, ...]:
-        rows = [
-            self._row(probe, target)
-            for target in self.targets
+        rows = [row for target in self.targets for row in self._of(target)]
+        places = {name: i for i, name in enumerate(self.targets)}
+        contexts = {
+            name: i for i, name in enumerate(dict.fromkeys(row["eval_context"] for row in rows))
+        }
+        rows.sort(key=lambda r: (places[r["target"]], contexts[r["eval_context"]], _order(r)))
+        n_datasets: dict[tuple[str, str, str], set[str | None]] = {}
+        for row in rows:
+            key = row["target"], row["eval_context"], row["condition"]
+            own = n_datasets.setdefault(key, set())
+            if row["replicate_of"] is None:
+                own.add(row["dataset"])
+        for number, row in enumerate(rows, start=1):
+            count = len(n_datasets[row["target"], row["eval_context"], row["condition"]])
+            count = 0 if row["role"] == "base" else count
+            reason = "base: no dataset" if row["role"] == "base" else too_few_datasets(count)
+            row["row"] = f"R{number}"
+            row["n_datasets"] = count
+            row["dataset_interval"] = f"none: {reason}" if reason else "see effects.csv"
+        return tuple(map(_complete, rows))
+
+    def _of(self, target: str) -> list[dict[str, Any]]:
+        """The fields of one target's rows, without those that say how many there are."""
+        probes = [
+            probe
             for probe in self.run.probes
             if target.split("/")[0] == probe.spec.category and self._concerns(probe, target)
         ]
-        places = {name: i for i, name in enumerate(self.targets)}
-        contexts = {
-            name: i for i, name in enumerate(dict.fromkeys(row.eval_context for row in rows))
-        }
-        rows.sort(key=lambda row: (places[row.target], contexts[row.eval_context], row.order))
-        n_datasets: dict[tuple[str, str, str], set[str | None]] = {}
-        for row in rows:
-            own = n_datasets.setdefault((row.target, row.eval_context, row.condition), set())
-            if row.replicate_of is None:
-                own.add(row.dataset)
-        finished = []
-        for number, row in enumerate(rows, start=1):
-            count = len(n_datasets[row.target, row.eval_context, row.condition])
-            count = 0 if row.role == "base" else count
-            reason = "base: no dataset" if row.role == "base" else too_few_datasets(count)
-            finished.append(
-                row.model_copy(
-                    update={
-                        "row": f"R{number}",
-                        "n_datasets": count,
-                        "dataset_interval": f"none: {reason}" if reason else "see effects.csv",
-                    }
-                )
-            )
-        return tuple(finished)
+        columns = Columns(probes, target, self.known)
+        against: dict[str, tuple[ProbeRecord | None, ProbeRecord | None, str]] = {}
+        wanted: list[tuple[str, str]] = []
+        for probe in probes:
+            student = self._student(probe) if probe.spec.student is not None else None
+            base = self.bases.get(self.keys[probe.id]) if student else None
+            neutral, reason = self._neutral(probe, student)
+            against[probe.id] = base, neutral, reason
+            for other in (base, neutral):
+                if other is not None:
+                    _check_same_questions(probe, other)
+                    wanted.append((probe.id, other.id))
+        pairs = columns.pairs(wanted)
+        return [self._row(probe, target, columns, pairs, *against[probe.id]) for probe in probes]
 
     def _concerns(self, probe: ProbeRecord, target: str) -> bool:
         """A trait's students are tabled for their own target; base and controls for every one."""
@@ -216,6 +238,9 @@ class _Table:
         return self._student(probe).spec.trait in (target, "neutral")
 
     def _student(self, probe: ProbeRecord) -> StudentRecord:
+        return self.student_of[probe.id]
+
+    def _find_student(self, probe: ProbeRecord) -> StudentRecord:
         student = self.students.get((probe.spec.student or "")[:12])
         if student is None:
             raise InputError(
@@ -224,16 +249,18 @@ class _Table:
             )
         return student
 
-    def _metrics(self, probe: ProbeRecord, target: str) -> Metrics:
-        key = (probe.id, target)
-        if key not in self.cache:
-            self.cache[key] = metrics(probe, target)
-        return self.cache[key]
-
-    def _row(self, probe: ProbeRecord, target: str) -> TransmissionRow:
-        ours = self._metrics(probe, target)
+    def _row(
+        self,
+        probe: ProbeRecord,
+        target: str,
+        columns: Columns,
+        pairs: Mapping[tuple[str, str], Pair],
+        base: ProbeRecord | None,
+        neutral: ProbeRecord | None,
+        neutral_reason: str,
+    ) -> dict[str, Any]:
         warnings = []
-        values: dict[str, Any] = dict(ours.means)
+        values: dict[str, Any] = columns.means(probe)
         student = None if probe.spec.student is None else self._student(probe)
         if values["coverage"] < LOW_COVERAGE:
             who = f"{student.spec.trait} {student.spec.method.name}" if student else "base"
@@ -242,8 +269,6 @@ class _Table:
                 f"fewer than 1 in {round(1 / LOW_COVERAGE)} replies begin with any candidate; do "
                 "not read shares and ranks as preferences"
             )
-        base = self.bases.get(_probe_key(probe)) if student else None
-        neutral, neutral_reason = self._neutral(probe, student)
         if student is not None and student.id in self.replicates:
             other = self.students[self.replicates[student.id]]
             warnings.append(
@@ -258,60 +283,52 @@ class _Table:
                 f"{probe.spec.eval_context.slug}: the base was not scored, so no transmission"
             )
         for prefix, against in (("base", base), ("neutral", neutral)):
-            if against is None:
-                values |= {
-                    f"vs_{prefix}_{name}": None
-                    for name in ("logprob", "logprob_se", "share", "share_se")
-                }
-            else:
-                _check_same_questions(probe, against)
-                theirs = self._metrics(against, target)
-                logprob = paired(ours, theirs, "logprob_Q")
-                share = paired(ours, theirs, "share_Q")
-                values |= {
-                    f"vs_{prefix}_logprob": logprob.mean,
-                    f"vs_{prefix}_logprob_se": logprob.se,
-                    f"vs_{prefix}_share": share.mean,
-                    f"vs_{prefix}_share_se": share.se,
-                }
-        base_means = self._metrics(base, target).means if base else {}
-        values |= {f"base_{name}": base_means.get(name) for name in METRICS}
-        spec = student.spec if student else None
-        method = spec.method if spec else None
+            pair = pairs[probe.id, against.id] if against is not None else _NOTHING
+            values |= zip(_AGAINST[prefix], pair, strict=True)
+        base_means = columns.means(base).values() if base else [None] * len(METRICS)
+        values |= zip(_OF_BASE, base_means, strict=True)
         role: Literal["base", "student", "control"] = "base"
-        if spec is not None:
-            role = "control" if spec.trait == "neutral" else "student"
-        return TransmissionRow(
-            row="",
-            role=role,
-            target=target,
-            trait=spec.trait if spec else None,
-            generation_seed=spec.generation_seed if spec else None,
-            training_seed=spec.training_seed if spec else None,
-            method=method.name if method else "base",
-            rank=method.rank if method else None,
-            alpha=method.alpha if method else None,
-            train_context=spec.train_context.slug if spec else None,
-            eval_context=probe.spec.eval_context.slug,
-            **values,
-            neutral_reason=neutral_reason,
-            n_questions=len(probe.questions),
-            n_datasets=0,
-            se_unit=SE_UNIT if spec else "",
-            dataset_interval="",
-            warning="; ".join(warnings),
-            base_model=probe.spec.base_model.name,
-            questions_sha256=probe.spec.questions_sha256,
-            probe=probe.id,
-            base_probe=base.id if base else None,
-            student=student.id if student else None,
-            dataset=student.spec.dataset[:12] if student else None,
-            neutral_probe=neutral.id if neutral else None,
-            **self._grouping(probe, student),
-            learning_rate=_number(spec.recipe.get("learning_rate")) if spec else None,
-            update_norm=_number(student.receipt.update_norm.get("total")) if student else None,
-            simulated=bool(probe.manifest.spec.get("simulated", False)),
-        )
+        if student is not None:
+            role = "control" if student.spec.trait == "neutral" else "student"
+        row = _EMPTY.copy()
+        row.update(self._student_fields(student))
+        row.update(self._grouping(probe, student))
+        row.update(values)
+        row["role"] = role
+        row["target"] = target
+        row["eval_context"] = probe.spec.eval_context.slug
+        row["neutral_reason"] = neutral_reason
+        row["n_questions"] = len(probe.asked.ids)
+        row["warning"] = "; ".join(warnings)
+        row["base_model"] = probe.spec.base_model.name
+        row["questions_sha256"] = probe.spec.questions_sha256
+        row["probe"] = probe.id
+        row["base_probe"] = base.id if base else None
+        row["neutral_probe"] = neutral.id if neutral else None
+        row["simulated"] = bool(probe.manifest.spec.get("simulated", False))
+        return row
+
+    def _student_fields(self, student: StudentRecord | None) -> dict[str, Any]:
+        """What a row says of its student, whatever it was asked."""
+        name = student.id if student else None
+        if name not in self.of_students:
+            spec = student.spec if student else None
+            method = spec.method if spec else None
+            self.of_students[name] = {
+                "trait": spec.trait if spec else None,
+                "generation_seed": spec.generation_seed if spec else None,
+                "training_seed": spec.training_seed if spec else None,
+                "method": method.name if method else "base",
+                "rank": method.rank if method else None,
+                "alpha": method.alpha if method else None,
+                "train_context": spec.train_context.slug if spec else None,
+                "se_unit": SE_UNIT if spec else "",
+                "student": name,
+                "dataset": spec.dataset[:12] if spec else None,
+                "learning_rate": _number(spec.recipe.get("learning_rate")) if spec else None,
+                "update_norm": student.trained.update_norm if student else None,
+            }
+        return self.of_students[name]
 
     def _neutral(
         self, probe: ProbeRecord, student: StudentRecord | None
@@ -330,7 +347,7 @@ class _Table:
 
     def _control_key(self, probe: ProbeRecord, student: StudentRecord) -> tuple[Any, ...]:
         seeds = (student.spec.generation_seed, student.spec.training_seed)
-        return (_probe_key(probe), self.settings[student.id].condition, seeds)
+        return (self.keys[probe.id], self.settings[student.id].condition, seeds)
 
     def _grouping(self, probe: ProbeRecord, student: StudentRecord | None) -> dict[str, Any]:
         """The columns that say what a row may be pooled with."""
@@ -341,22 +358,65 @@ class _Table:
                 ("settings", "family", "but_scale", "settings_name", "scalings"), ""
             )
             return empty | {
-                "condition": sha256_json([*asked, spec.eval_context.slug])[:12],
+                "condition": self._digest([*asked, spec.eval_context.slug]),
                 "step_size": None,
                 "replicate_of": None,
             }
         own = self.settings[student.id]
-        condition = [*asked, spec.eval_context.slug, student.spec.trait]
+        condition = [spec.eval_context.slug, student.spec.trait, own.condition, own.teacher]
         return {
-            "condition": sha256_json([*condition, own.condition, own.teacher])[:12],
-            "settings": sha256_json([*asked, own.id])[:12],
-            "family": sha256_json([*asked, own.family])[:12],
-            "but_scale": sha256_json([*asked, own.but_scale])[:12],
+            "condition": self._digest([*asked, *condition]),
+            "settings": self._digest([*asked, own.id]),
+            "family": self._digest([*asked, own.family]),
+            "but_scale": self._digest([*asked, own.but_scale]),
             "settings_name": own.name,
             "scalings": SCALINGS.join(own.scalings),
             "step_size": own.step_size,
             "replicate_of": self.replicates.get(student.id),
         }
+
+    def _digest(self, parts: list[str]) -> str:
+        """12 digits."""
+        key = tuple(parts)
+        if key not in self.digests:
+            self.digests[key] = sha256_json(parts)[:12]
+        return self.digests[key]
+
+
+_OF_BASE = tuple(f"base_{name}" for name in METRICS)
+_AGAINST = {
+    prefix: tuple(f"vs_{prefix}_{name}" for name in Pair._fields) for prefix in ("base", "neutral")
+}
+_NOTHING = (None,) * len(Pair._fields)
+_FIELDS = tuple(TransmissionRow.model_fields)
+_ALL = set(_FIELDS)
+_EMPTY: dict[str, Any] = dict.fromkeys(_FIELDS)
+
+
+def _complete(fields: dict[str, Any]) -> TransmissionRow:
+    """A row of fields that are complete and typed by construction.
+
+    As `model_construct`, but without a copy of 51 fields: that is a second and 60 MB for 26,000.
+    """
+    row = TransmissionRow.__new__(TransmissionRow)
+    object.__setattr__(row, "__dict__", fields)
+    object.__setattr__(row, "__pydantic_fields_set__", _ALL)
+    object.__setattr__(row, "__pydantic_extra__", None)
+    object.__setattr__(row, "__pydantic_private__", None)
+    return row
+
+
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Base first, then students by rank with full finetuning last, controls beside them."""
+    method = (0, row["rank"] or 0) if row["method"] != "full" else (1, 0)
+    return (
+        {"base": 0}.get(row["role"], 1),
+        row["train_context"] or "",
+        *method,
+        row["role"] == "control",
+        row["generation_seed"] or 0,
+        row["training_seed"] or 0,
+    )
 
 
 def _probe_key(probe: ProbeRecord) -> tuple[str, str, Context, str, str]:
@@ -396,9 +456,10 @@ def question_differences(run: RunRecords, rows: Sequence[TransmissionRow]) -> Qu
     def logprobs(probe: str, target: str) -> tuple[float, ...]:
         if (probe, target) not in cache:
             record = probes[probe]
-            key = candidate_key(record, target)
-            ordered = sorted(record.questions, key=lambda q: q.question_id)
-            cache[probe, target] = tuple(question.logprobs[key] for question in ordered)
+            column = record.asked.candidates.index(candidate_key(record, target))
+            scores = record.logprob_QC[:, column].tolist()
+            ordered = sorted(zip(record.asked.ids, scores, strict=True))
+            cache[probe, target] = tuple(score for _, score in ordered)
         return cache[probe, target]
 
     found = QuestionDifferences({}, {}, {})
@@ -425,6 +486,8 @@ def _logit(logprob: float) -> float:
 
 
 def _check_same_questions(ours: ProbeRecord, theirs: ProbeRecord) -> None:
+    if ours.asked is theirs.asked:
+        return
     left = {question.question_id: question for question in ours.questions}
     right = {question.question_id: question for question in theirs.questions}
     path = ours.folder / "questions.jsonl"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -106,7 +106,7 @@ class Context(BaseModel):
         """A context as specs and manifests hold it: its kind and the fields that it has."""
         return {key: str(value) for key, value in self.model_dump(exclude_none=True).items()}
 
-    @property
+    @cached_property
     def slug(self) -> str:
         """A short name for folders and labels; never part of an id."""
         parts = [f"text-{sha256_text(self.text)[:6]}" if self.text is not None else self.kind]

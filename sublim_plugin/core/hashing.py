@@ -8,6 +8,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+_ENCODER = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+)
+_PLAIN = frozenset((str, int, bool))
+
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces; `None` entries of mappings are left out.
@@ -19,24 +24,28 @@ def canonical_json(value: Any) -> str:
     Raises:
         ValueError: a NaN or infinity, a non-string key, or a type that JSON does not have.
     """
-    return json.dumps(
-        _canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    )
+    return _ENCODER.encode(_canonical(value))
 
 
 def _canonical(value: Any) -> Any:
-    if isinstance(value, dict):
-        for key in value:
+    kind = type(value)
+    if kind in _PLAIN:  # most values: a study of 20,000 cells hashes a million
+        return value
+    if kind is dict or isinstance(value, dict):
+        found = {}
+        for key, item in value.items():
             if not isinstance(key, str):
                 raise ValueError(f"canonical JSON needs string keys, got {key!r}")
-        return {key: _canonical(item) for key, item in value.items() if item is not None}
+            if item is not None:
+                found[key] = item if type(item) in _PLAIN else _canonical(item)
+        return found
     if isinstance(value, list | tuple):
-        return [_canonical(item) for item in value]
+        return [item if type(item) in _PLAIN else _canonical(item) for item in value]
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
         return int(value)
     if value is None or isinstance(value, str | int | float):
         return value
-    raise ValueError(f"canonical JSON cannot hold a {type(value).__name__}: {value!r}")
+    raise ValueError(f"canonical JSON cannot hold a {kind.__name__}: {value!r}")
 
 
 def sha256_text(text: str) -> str:

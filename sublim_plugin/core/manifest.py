@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
+import stat
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import to_json
 
 from sublim_plugin.core.atomic import write_json
 from sublim_plugin.core.errors import InputError
@@ -19,10 +22,9 @@ from sublim_plugin.core.versions import device_info, installed
 MANIFEST_NAME = "manifest.json"
 
 
-class OutputFile(BaseModel):
-    """One file beside the manifest."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class OutputFile:
+    """One file beside the manifest. No model: of these there are tens of thousands at a time."""
 
     sha256: str
     bytes: int
@@ -119,15 +121,56 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         InputError: there is none, or it does not parse.
     """
-    path = Path(folder) / MANIFEST_NAME
+    found = find_manifest(folder)
+    if found is None:
+        path = Path(folder) / MANIFEST_NAME
+        raise InputError(f"{path}: no manifest, so this folder was not completed")
+    return found
+
+
+def find_manifest(folder: Path) -> Manifest | None:
+    """A folder's manifest; None if it has none.
+
+    Raises:
+        InputError: it does not parse.
+    """
+    path = f"{folder}/{MANIFEST_NAME}"
     try:
-        return Manifest.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{path}: no manifest, so this folder was not completed") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
+        data = _read(path)
+        return None if data is None else Manifest.model_validate_json(data)
+    except (OSError, ValidationError) as error:
         raise InputError(
             f"{path}: not a readable manifest ({error}); delete the folder to have it made again"
         ) from error
+
+
+_REPEATED = ("inputs", "template", "rendered", "versions", "device")
+
+
+def share(manifest: Manifest, pool: dict[bytes, Any]) -> Manifest:
+    """Let equal parts of many manifests be one object: half of what 20,000 of them take."""
+    for name in _REPEATED:
+        value = manifest.__dict__[name]
+        manifest.__dict__[name] = pool.setdefault(to_json(value), value)
+    for name, value in manifest.spec.items():
+        if isinstance(value, dict | list):
+            manifest.spec[name] = pool.setdefault(to_json(value), value)
+    return manifest
+
+
+def _read(path: str) -> bytes | None:
+    """A small file's bytes in the fewest system calls, as 20,000 of them are read at once."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        data = b""
+        while more := os.read(descriptor, 1 << 17):
+            data += more
+        return data
+    finally:
+        os.close(descriptor)
 
 
 def verify(folder: Path, deep: bool = True) -> Manifest:
@@ -139,22 +182,51 @@ def verify(folder: Path, deep: bool = True) -> Manifest:
     Raises:
         InputError: an output is missing or differs.
     """
-    folder = Path(folder)
     manifest = read_manifest(folder)
+    check_outputs(folder, manifest, deep)
+    return manifest
+
+
+def check_outputs(folder: Path, manifest: Manifest, deep: bool) -> dict[str, os.stat_result]:
+    """Compare a manifest that was read with what lies beside it.
+
+    Returns:
+        What the file system says of each output, by name.
+
+    Raises:
+        InputError: an output is missing or differs.
+    """
+    stats = {}
     for name, expected in manifest.outputs.items():
-        path = folder / name
-        if not path.is_file():
+        path = f"{folder}/{name}"
+        try:
+            found = os.stat(path)
+        except OSError:
+            found = None
+        if found is None or not stat.S_ISREG(found.st_mode):
             raise InputError(f"{path}: named in the manifest but missing; {_way_out(folder)}")
-        if (size := path.stat().st_size) != expected.bytes:
+        if found.st_size != expected.bytes:
             raise InputError(
-                f"{path}: {size} bytes, the manifest says {expected.bytes}; {_way_out(folder)}"
-            )
-        if deep and (found := sha256_file(path)) != expected.sha256:
-            raise InputError(
-                f"{path}: sha256 {found[:12]}…, the manifest says {expected.sha256[:12]}…;"
+                f"{path}: {found.st_size} bytes, the manifest says {expected.bytes};"
                 f" {_way_out(folder)}"
             )
-    return manifest
+        if deep:
+            check_sha256(path, sha256_file(Path(path)), expected, folder)
+        stats[name] = found
+    return stats
+
+
+def check_sha256(path: Path | str, digest: str, expected: OutputFile, folder: Path) -> None:
+    """Compare a file's digest with what the manifest of `folder` expects.
+
+    Raises:
+        InputError: they differ.
+    """
+    if digest != expected.sha256:
+        raise InputError(
+            f"{path}: sha256 {digest[:12]}…, the manifest says {expected.sha256[:12]}…;"
+            f" {_way_out(folder)}"
+        )
 
 
 def _way_out(folder: Path) -> str:

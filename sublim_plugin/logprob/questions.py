@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -33,7 +33,7 @@ class QuestionSet(BaseModel):
     version: str
     questions: tuple[Question, ...]
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of what is asked (ids and texts): comments, kinds and names do not enter."""
         return sha256_json([[question.id, question.text] for question in self.questions])

@@ -17,18 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sublim_plugin.core.base_models import fingerprint, is_prepared, resolve
+from sublim_plugin.core.base_models import EMBEDDED, fingerprint, is_prepared, resolve
 from sublim_plugin.core.errors import BusyError
 from sublim_plugin.core.hashing import sha256_json
 from sublim_plugin.core.lock import cell_lock, held
 from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from sublim_plugin.core.many_objects import many_objects
 from sublim_plugin.core.versions import installed
 from sublim_plugin.study.cells import Cell, plan
 from sublim_plugin.study.gpus import gpus
 from sublim_plugin.study.local import GRACE_S, LocalWorker
 from sublim_plugin.study.schedule import Look, Schedule
 from sublim_plugin.study.stages import require_chat_template
-from sublim_plugin.study.state import CellState, cell_state
+from sublim_plugin.study.state import (
+    CellState,
+    cell_state,
+    read_manifests_ahead,
+    states_without_base,
+)
 from sublim_plugin.study.study_file import Study, load_study
 from sublim_plugin.study.view import Say, View
 from sublim_plugin.study.worker import LOG_NAME, Tell, record_failure
@@ -94,15 +100,20 @@ def states_of(study_path: Path, run_dir: Path) -> tuple[list[CellState], bool]:
     """The states of all cells, without making anything.
 
     Returns:
-        The states, and whether the base model is prepared; until it is, ids are not known and
-        every cell counts as missing.
+        The states, and whether the base model is here and prepared; until it is, ids are not known
+        and every cell counts as missing.
     """
     study = load_study(study_path)
-    if not is_prepared(study.base_model):
-        unknown = plan(study, {"name": study.base_model, "sha256": "not prepared"})
-        return [CellState(cell, cell.folder(run_dir), "missing") for cell in unknown], False
-    cells = plan(study, fingerprint(resolve(study.base_model)))
-    return [cell_state(cell, run_dir) for cell in cells], True
+    here = study.base_model == EMBEDDED or Path(study.base_model).expanduser().is_dir()
+    if not here or not is_prepared(study.base_model):
+        return states_without_base(study, run_dir), False
+    return _states(plan(study, fingerprint(resolve(study.base_model))), run_dir), True
+
+
+def _states(cells: Sequence[Cell], run_dir: Path) -> list[CellState]:
+    with many_objects():
+        read_manifests_ahead(run_dir)
+        return [cell_state(cell, run_dir) for cell in cells]
 
 
 def run_study(
@@ -121,13 +132,13 @@ def run_study(
     if not is_prepared(load_study(study_path).base_model):
         say("preparing the base model (once)")
     study, _, cells = planned(study_path)
-    states = [cell_state(cell, run_dir) for cell in cells]
+    states = _states(cells, run_dir)
     done = [state.cell.id for state in states if state.state == "done"]
     say(f"{study.name}: {len(cells)} cells, {len(done)} done, in {run_dir}")
     codes: list[int] = []
     if len(done) < len(cells):
         codes = make_all(Schedule(cells, done), engine(study_path, run_dir), run_dir, say)
-        states = [cell_state(cell, run_dir) for cell in cells]
+        states = _states(cells, run_dir)
     index = write_report_if_changed(study, study_path, run_dir, states)
     failed = [state for state in states if state.state != "done"]
     for state in failed:

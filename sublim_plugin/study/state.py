@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic_core import to_json
+
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import canonical_json
 from sublim_plugin.core.lock import held
-from sublim_plugin.core.manifest import MANIFEST_NAME, Manifest, read_manifest, verify
-from sublim_plugin.study.cells import Cell
+from sublim_plugin.core.manifest import MANIFEST_NAME, Manifest, check_outputs, find_manifest
+from sublim_plugin.core.read_ahead import read_ahead
+from sublim_plugin.study.cells import Cell, plan
+from sublim_plugin.study.study_file import Study
 
 State = Literal["done", "running", "failed", "missing"]
+STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
 ERROR_NAME = "error.txt"
+LOGS = ("train.log", "cell.log", ERROR_NAME)
+"""Where a cell's failure can be read up, the fullest first."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,11 @@ class CellState:
     error: str | None = None
     manifest: Manifest | None = None
 
+    @property
+    def log(self) -> Path | None:
+        """The file that tells most of a failure, if the cell left one."""
+        return next((path for name in LOGS if (path := self.folder / name).is_file()), None)
+
 
 def cell_state(cell: Cell, run_dir: Path) -> CellState:
     """The state of one cell.
@@ -38,9 +50,10 @@ def cell_state(cell: Cell, run_dir: Path) -> CellState:
         InputError: the folder holds something else than its manifest or its name says.
     """
     folder = cell.folder(run_dir)
-    if (folder / MANIFEST_NAME).is_file():
-        manifest = verify(folder, deep=False)
-        if canonical_json(manifest.spec) != canonical_json(cell.spec):
+    manifest = find_manifest(folder)
+    if manifest is not None:
+        check_outputs(folder, manifest, deep=False)
+        if not _same(manifest.spec, cell.spec):
             raise InputError(
                 f"{folder / MANIFEST_NAME}: its inputs are not those of this cell;"
                 f" it was changed or moved. Delete {folder} and run again"
@@ -52,6 +65,26 @@ def cell_state(cell: Cell, run_dir: Path) -> CellState:
     return CellState(cell, folder, "failed" if error else "missing", error)
 
 
+def read_manifests_ahead(run_dir: Path) -> None:
+    """Have the manifests of a run folder in memory before they are read one by one."""
+    try:
+        names = os.listdir(run_dir / "cells")
+    except OSError:
+        return
+    read_ahead([f"{run_dir}/cells/{name}/{MANIFEST_NAME}" for name in names])
+
+
+def states_without_base(study: Study, run_dir: Path) -> list[CellState]:
+    """All cells as missing, where the base model is elsewhere and no id can be known."""
+    cells = plan(study, {"name": Path(study.base_model).name, "sha256": "not here"})
+    return [CellState(cell, cell.folder(run_dir), "missing") for cell in cells]
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Equal texts need no canonical form, which takes ten times as long to make."""
+    return to_json(one) == to_json(other) or canonical_json(one) == canonical_json(other)
+
+
 def read_error(folder: Path) -> str | None:
     """The message of a cell's last failure."""
     try:
@@ -60,48 +93,6 @@ def read_error(folder: Path) -> str | None:
         return None
 
 
-def why(state: CellState, run_dir: Path, cells: Sequence[Cell]) -> str:
-    """Why a cell is not done: what failed, what it waits for, or which input changed.
-
-    A changed input is found by comparing the cell with the finished cells of its kind that the
-    study no longer names, and taking the one with the fewest differences.
-    """
-    if state.state == "failed":
-        return f"failed: {(state.error or '').splitlines()[0]}"
-    if state.state != "missing":
-        return state.state
-    waits = [c.folder_name for c in cells if c.id in state.cell.needs and not _done(c, run_dir)]
-    nearest: tuple[int, list[str], str] | None = None
-    planned = {cell.folder_name for cell in cells}
-    for folder in sorted((run_dir / "cells").glob(f"{state.cell.kind}-*")):
-        if folder.name in planned:
-            continue
-        try:
-            manifest = read_manifest(folder)
-        except InputError:
-            continue
-        changes = list(differences(manifest.spec, state.cell.spec))
-        if nearest is None or len(changes) < nearest[0]:
-            nearest = (len(changes), changes, folder.name)
-    if nearest is not None:
-        _, changes, name = nearest
-        return f"changed since {name}: {'; '.join(changes[:6])}"
-    return f"waits for {', '.join(waits)}" if waits else "not made yet"
-
-
-def _done(cell: Cell, run_dir: Path) -> bool:
-    return (cell.folder(run_dir) / MANIFEST_NAME).is_file()
-
-
-def differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
-    """`key: old → new` for every value in which two specs differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted({*old, *new}):
-            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-    elif canonical_json([old]) != canonical_json([new]):
-        yield f"{key}: {_short(old)} → {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = "(absent)" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def first_line(state: CellState) -> str:
+    """The first line of a failure."""
+    return (state.error or "failed").splitlines()[0]

@@ -13,7 +13,8 @@ import yaml
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.manifest import write_manifest
 from sublim_plugin.study.cells import Cell, plan
-from sublim_plugin.study.state import cell_state, differences, why
+from sublim_plugin.study.reasons import Reasons, differences
+from sublim_plugin.study.state import cell_state
 from sublim_plugin.study.study_file import load_study
 
 QUICKSTART = Path(__file__).parents[2] / "studies" / "quickstart.yaml"
@@ -193,17 +194,17 @@ def test_states_and_reasons(tmp_path: Path) -> None:
     (student.folder(tmp_path) / "error.txt").write_text("axolotl exited with 1\nmore\n")
     failed = cell_state(student, tmp_path)
     assert failed.state == "failed"
-    assert why(failed, tmp_path, before) == "failed: axolotl exited with 1"
+    assert Reasons(before, tmp_path).why(failed) == "failed: axolotl exited with 1"
 
     after = edited(tmp_path, datasets__sampler__temperature=0.7)
     changed = cell_state(after[0], tmp_path)
-    assert why(changed, tmp_path, after) == (
+    assert Reasons(after, tmp_path).why(changed) == (
         f"changed since {dataset.folder_name}: sampler.temperature: 1.0 → 0.7"
     )
     waiting = cell_state(next(c for c in after if c.kind == "student"), tmp_path)
-    assert why(waiting, tmp_path, after).startswith("waits for dataset-cat")
+    assert Reasons(after, tmp_path).why(waiting).startswith("waits for dataset-cat")
     untouched = cell_state(next(c for c in after if c.label == "base none"), tmp_path)
-    assert why(untouched, tmp_path, after) == "not made yet"
+    assert Reasons(after, tmp_path).why(untouched) == "not made yet"
 
 
 def test_a_manifest_of_other_inputs_stops(tmp_path: Path) -> None:
