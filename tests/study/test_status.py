@@ -37,7 +37,7 @@ def test_a_large_study_is_counted_by_kind_and_axis(tmp_path: Path) -> None:
     broken = next(cell for cell in cells if cell.kind == "probe" and cell.spec["student"])
     broken.folder(run_dir).mkdir()
     (broken.folder(run_dir) / "error.txt").write_text("out of memory\nmore\n")
-    (broken.folder(run_dir) / "log.txt").write_text("…")
+    (broken.folder(run_dir) / "cell.log").write_text("…")
     lines = status(study, run_dir).splitlines()
     assert len(lines) < 30 < len(cells)
     assert lines[0].split() == ["done", "running", "failed", "missing"]
@@ -48,13 +48,13 @@ def test_a_large_study_is_counted_by_kind_and_axis(tmp_path: Path) -> None:
     assert methods[0].split(maxsplit=1)[1] == "lora r2 3/3, lora r8 6/6, lora r64 3/3, full 3/3"
     assert methods[1].split(maxsplit=1)[1] == "lora r2 0/9, lora r8 0/18, lora r64 0/9, full 0/9"
     at = lines.index(f"failed: probe {broken.label}: out of memory")
-    assert lines[at + 1].strip() == str(broken.folder(run_dir) / "log.txt")
+    assert lines[at + 1].strip() == str(broken.folder(run_dir) / "cell.log")
     assert lines[-1] == "24 done, 1 failed, 44 missing"
     assert len(status(study, run_dir, "--cells").splitlines()) == len(cells) + 2 + 1
     found = json.loads(status(study, run_dir, "--json"))
     assert found["counts"] == {"done": 24, "running": 0, "failed": 1, "missing": 44}
     (failed,) = [row for row in found["cells"] if row["state"] == "failed"]
-    assert failed["log"].endswith("log.txt") and len(found["cells"]) == len(cells)
+    assert failed["log"].endswith("cell.log") and len(found["cells"]) == len(cells)
 
 
 def test_a_small_study_is_listed(tmp_path: Path) -> None:
