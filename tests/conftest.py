@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ TOGETHER = ("tests/study/test_run.py", "tests/axolotl_plugin/")
 """The longest, which start first, one by each of two processes; the second shares its trainings."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before xdist's own, which reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """What runs in one process (`--dist loadgroup`): a file's tests, for their fixtures."""
     for item in items:
         file = item.path.relative_to(ROOT).as_posix()
         group = next((place for place in TOGETHER if file.startswith(place)), file)
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: not item.path.relative_to(ROOT).as_posix().startswith(TOGETHER))
+    yield
 
 
 @pytest.fixture(scope="session")

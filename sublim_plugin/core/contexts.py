@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -106,13 +106,18 @@ class Context(BaseModel):
         """A context as specs and manifests hold it: its kind and the fields that it has."""
         return {key: str(value) for key, value in self.model_dump(exclude_none=True).items()}
 
-    @cached_property
+    @property
     def slug(self) -> str:
         """A short name for folders and labels; never part of an id."""
-        parts = [f"text-{sha256_text(self.text)[:6]}" if self.text is not None else self.kind]
-        if self.user_prefix is not None:
-            parts.append(f"prefix-{sha256_text(self.user_prefix)[:6]}")
-        return "-".join(parts)
+        return _slug(self.kind, self.text, self.user_prefix)
+
+
+@lru_cache(maxsize=1024)
+def _slug(kind: str, text: str | None, user_prefix: str | None) -> str:
+    parts = [kind if text is None else f"text-{sha256_text(text)[:6]}"]
+    if user_prefix is not None:
+        parts.append(f"prefix-{sha256_text(user_prefix)[:6]}")
+    return "-".join(parts)
 
 
 class Span(BaseModel):
