@@ -98,3 +98,29 @@ def ran(write_study: Callable[..., tuple[Path, Path]]) -> Ran:
     done = sublim("run", study, "--out", folder, "--json", env={**os.environ, "COLUMNS": "100"})
     assert done.returncode == 0, done.stderr[-3000:]
     return Ran(study, folder, json.loads(done.stdout.splitlines()[-1]), questions)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(write_study: Callable[..., tuple[Path, Path]]) -> Path:
+    """The run folder of a study with one LoRA student; its study file lies beside it."""
+    study, _ = write_study("undisturbed", full=False)
+    folder = study.parent / "run"
+    done = sublim("run", study, "--out", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def results(folder: Path) -> dict[str, list[dict[str, float]]]:
+    return {
+        path.parent.name: [json.loads(line)["logprobs"] for line in path.open()]
+        for path in sorted((folder / "cells").glob("probe-*/questions.jsonl"))
+    }
+
+
+def equal(folder: Path, undisturbed: Path) -> None:
+    """Every probe of a run has the undisturbed one's numbers."""
+    ours, theirs = results(folder), results(undisturbed)
+    assert ours
+    for name, rows in ours.items():
+        for row, expected in zip(rows, theirs[name], strict=True):
+            assert row == pytest.approx(expected, abs=1e-5), name

@@ -13,12 +13,12 @@ MARK = "SUBLIM_TEST_RUN"
 
 
 def start(
-    study: Path, folder: Path, mark: str, *, stdout: int = subprocess.PIPE
+    study: Path, folder: Path, mark: str, *options: str, stdout: int = subprocess.PIPE
 ) -> subprocess.Popen[str]:
     """`sublim run` in the background; all its processes carry the mark."""
     program = Path(sys.executable).parent / "sublim"
     return subprocess.Popen(
-        [str(program), "run", str(study), "--out", str(folder)],
+        [str(program), "run", str(study), "--out", str(folder), *options],
         env={**os.environ, MARK: mark},
         stdout=stdout,
         stderr=subprocess.STDOUT,

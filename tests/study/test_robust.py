@@ -6,33 +6,15 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .conftest import sublim
+from .conftest import equal, sublim
 from .processes import command_line, marked, none_left, start, wait_for
 
 pytestmark = pytest.mark.slow
-
-Write = Callable[..., tuple[Path, Path]]
-
-
-def results(folder: Path) -> dict[str, list[dict[str, float]]]:
-    return {
-        path.parent.name: [json.loads(line)["logprobs"] for line in path.open()]
-        for path in sorted((folder / "cells").glob("probe-*/questions.jsonl"))
-    }
-
-
-def equal(folder: Path, undisturbed: Path) -> None:
-    """Every probe of a run has the undisturbed one's numbers."""
-    ours, theirs = results(folder), results(undisturbed)
-    assert ours
-    for name, rows in ours.items():
-        for row, expected in zip(rows, theirs[name], strict=True):
-            assert row == pytest.approx(expected, abs=1e-5), name
 
 
 def times_begun(folder: Path) -> dict[str, int]:
@@ -41,15 +23,6 @@ def times_begun(folder: Path) -> dict[str, int]:
         path.parent.name: sum(line.startswith("--- ") for line in path.open(errors="replace"))
         for path in (folder / "cells").glob("*/cell.log")
     }
-
-
-@pytest.fixture(scope="module")
-def undisturbed(write_study: Write) -> Path:
-    study, _ = write_study("undisturbed", full=False)
-    folder = study.parent / "run"
-    done = sublim("run", study, "--out", folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
 
 
 def test_sigterm_ends_in_order_and_the_same_command_continues(
