@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ def _run_dir(study: Path, out: Path | None) -> Path:
     "--address",
     help="Ray: a cluster that exists.  [default: RAY_ADDRESS, else one is started on this machine]",
 )
+@click.option(
+    "--gpus-per-worker",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="GPUs that make one cell; a training on several goes through axolotl's launcher.",
+)
 @slurm_options
 def run(
     study: Path,
@@ -56,6 +64,7 @@ def run(
     dry_run: bool,
     engine: str,
     address: str | None,
+    gpus_per_worker: int,
     **slurm: Any,
 ) -> None:
     """Run a study file: every missing cell, then the report. Run it again to continue."""
@@ -78,11 +87,11 @@ def run(
     def say(text: str) -> None:
         click.echo(text, err=True)
 
-    chosen: Any = local_engine
+    chosen: Any = partial(local_engine, gpus_per_worker=gpus_per_worker)
     if engine == "ray":
         from sublim_plugin.study.on_ray import ray_engine
 
-        chosen = ray_engine(address)
+        chosen = ray_engine(address, gpus_per_worker=gpus_per_worker)
     outcome = run_study(study, run_dir, say, chosen)
     rows = transmission_table(
         collect(run_dir, [(state.folder, state.state) for state in outcome.states])

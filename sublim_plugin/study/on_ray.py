@@ -32,15 +32,15 @@ _GIB = 2**30
 
 
 def ray_engine(
-    address: str | None = None, *, cpus: int | None = None, gpus: int | None = None
+    address: str | None = None, *, gpus_per_worker: int = 1
 ) -> Callable[[Path, Path], Engine]:
     """As many workers as fit the cluster's nodes.
 
     Args:
         address: of a cluster that exists (`auto`, `HOST:6379`, `ray://...`); without it the one of
             RAY_ADDRESS, else one is started on this machine.
-        cpus, gpus: of one worker. Left out: on nodes with GPUs one GPU and its part of the node's
-            CPUs, on others all of a node's CPUs.
+        gpus_per_worker: on nodes with GPUs, with their part of the node's CPUs. Where there are no
+            GPUs, a worker has all of a node's CPUs.
 
     Raises:
         MissingDependencyError: Ray is not installed.
@@ -51,9 +51,9 @@ def ray_engine(
         ray = _connected(address)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         with_gpus = [node for node in nodes if node.get("GPU")]
-        used = with_gpus if with_gpus and gpus != 0 else nodes
-        each_gpus = (1 if with_gpus else 0) if gpus is None else gpus
-        each_cpus = cpus or min((_share(node, each_gpus) for node in used), default=1)
+        used = with_gpus or nodes
+        each_gpus = gpus_per_worker if with_gpus or gpus_per_worker > 1 else 0
+        each_cpus = min((_share(node, each_gpus) for node in used), default=1)
         workers = sum(_fitting(node, each_cpus, each_gpus) for node in used)
         if not workers:
             found = "; ".join(
@@ -101,7 +101,7 @@ def _connected(address: str | None) -> Any:
 
 def _share(node: dict[str, float], gpus: int) -> int:
     whole = int(node.get("CPU", 1))
-    return max(1, whole * gpus // int(node["GPU"])) if gpus else max(1, whole)
+    return max(1, whole * gpus // int(node.get("GPU", gpus))) if gpus else max(1, whole)
 
 
 def _fitting(node: dict[str, float], cpus: int, gpus: int) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sublim_plugin.core.base_models import EMBEDDED, fingerprint, is_prepared, resolve
-from sublim_plugin.core.errors import BusyError
+from sublim_plugin.core.errors import BusyError, InputError
 from sublim_plugin.core.hashing import sha256_json
 from sublim_plugin.core.lock import cell_lock, held
 from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest, write_manifest
@@ -74,14 +74,24 @@ class Outcome:
     report: Path
 
 
-def local_engine(study_path: Path, run_dir: Path) -> Engine:
-    """A worker for each GPU of this machine, or one on the CPU."""
+def local_engine(study_path: Path, run_dir: Path, gpus_per_worker: int = 1) -> Engine:
+    """A worker for each GPU of this machine, or each `gpus_per_worker` of them; one on the CPU.
+
+    Raises:
+        InputError: the machine has fewer GPUs than one worker is to have.
+    """
     devices = gpus()
+    if gpus_per_worker > max(1, len(devices)):
+        raise InputError(
+            f"--gpus-per-worker {gpus_per_worker}: this machine shows {len(devices)} GPUs"
+        )
+    starts = range(0, len(devices) - gpus_per_worker + 1, gpus_per_worker)
+    groups = [",".join(devices[start : start + gpus_per_worker]) for start in starts]
 
     def start(number: int, cell: Cell) -> Worker:
-        return LocalWorker(study_path, run_dir, devices[number] if devices else None)
+        return LocalWorker(study_path, run_dir, groups[number] if groups else None)
 
-    return Engine("local", max(1, len(devices)), start)
+    return Engine("local", max(1, len(groups)), start)
 
 
 def planned(study_path: Path) -> tuple[Study, Path, list[Cell]]:

@@ -63,13 +63,18 @@ def train_student(
     study: Study,
     dataset: Path,
     progress: Callable[[int, int], None] | None = None,
-    forked: bool = False,
+    n_gpus: int = 0,
 ) -> None:
     """Train a student with axolotl, in axolotl's own process, from the cell's own YAML.
 
     Args:
         dataset: the folder of the dataset's cell.
         folder: where to write; a student to match lies beside it.
+        n_gpus: that this process may use. On several, axolotl's launcher starts a process on each
+            and the batch is divided among them; on none, axolotl is forked.
+
+    Raises:
+        InputError: the batch cannot be divided.
     """
     from sublim_plugin.axolotl.recipe import run_training, write_axolotl_yaml
 
@@ -87,12 +92,16 @@ def train_student(
             dataset_path=dataset,
             output_dir=folder / MODEL,
             seed=cell.spec["training_seed"],
-            overrides=overrides,
+            overrides=overrides | _divided(cell.spec["recipe"], n_gpus),
             context=Context.parse(cell.spec["train_context"]),
             block=_stop_where(cell, folder.parent),
         )
         receipt = run_training(
-            folder / "axolotl.yaml", folder / "train.log", progress=progress, forked=forked
+            folder / "axolotl.yaml",
+            folder / "train.log",
+            progress=progress,
+            launcher="accelerate" if n_gpus > 1 else "python",
+            forked=n_gpus == 0,
         )
         expected = source.outputs[rows.name].sha256
         if receipt.dataset.sha256 != expected:
@@ -156,6 +165,22 @@ def _stop_where(cell: Cell, cells: Path) -> dict[str, Any]:
             f" {LOSS_WINDOW}. Train on more rows or epochs, or leave loss_matched_to out"
         )
     return {"stop_at_loss": sum(losses[-LOSS_WINDOW:]) / LOSS_WINDOW}
+
+
+def _divided(recipe: dict[str, Any], n_gpus: int) -> dict[str, int]:
+    """Settings by which each of several processes takes its part of every optimizer step's rows."""
+    if n_gpus < 2:
+        return {}
+    steps = int(recipe.get("gradient_accumulation_steps") or 1)
+    rows = int(recipe["micro_batch_size"])
+    if steps % n_gpus == 0:
+        return {"gradient_accumulation_steps": steps // n_gpus}
+    if rows % n_gpus == 0:
+        return {"micro_batch_size": rows // n_gpus}
+    raise InputError(
+        f"the recipe's batch, {rows} rows x {steps} accumulation steps, cannot be divided among"
+        f" {n_gpus} GPUs; use a number of GPUs that divides either"
+    )
 
 
 def score_probe(

@@ -90,7 +90,7 @@ class Workshop:
                 study=self.study,
                 dataset=dataset,
                 progress=tell,
-                forked=not gpus(),
+                n_gpus=len(gpus()),
             )
         elif cell.kind == "probe":
             self._score(cell, folder, tell)

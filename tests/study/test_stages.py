@@ -77,3 +77,26 @@ def test_what_cannot_be_matched_is_said(tmp_path: Path) -> None:
     (folder / "model" / "sublim_receipt.json").write_text("{}")
     with pytest.raises(InputError, match="bytes, the manifest says"):
         _stop_where(matched("loss_of"), tmp_path)
+
+
+def test_the_batch_is_divided_among_gpus_or_refused() -> None:
+    from sublim_plugin.study.stages import _divided
+
+    recipe = {"micro_batch_size": 22, "gradient_accumulation_steps": 3}
+    assert _divided(recipe, 0) == _divided(recipe, 1) == {}
+    assert _divided(recipe, 3) == {"gradient_accumulation_steps": 1}
+    assert _divided(recipe, 2) == {"micro_batch_size": 11}
+    with pytest.raises(InputError, match=r"22 rows x 3 accumulation steps, .* 4 GPUs"):
+        _divided(recipe, 4)
+
+
+def test_gpus_are_shared_out_among_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from sublim_plugin.study.run import local_engine
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,3,4,5")
+    assert local_engine(tmp_path, tmp_path).workers == 5
+    assert local_engine(tmp_path, tmp_path, 2).workers == 2
+    with pytest.raises(InputError, match="--gpus-per-worker 6: this machine shows 5 GPUs"):
+        local_engine(tmp_path, tmp_path, 6)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local_engine(tmp_path, tmp_path).workers == 1
