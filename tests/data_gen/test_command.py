@@ -27,6 +27,7 @@ def options(toy: Path, out: Path) -> list[str]:
     ).split()
 
 
+@pytest.mark.slow
 def test_both_names_write_the_same_dataset(toy: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "data_gen", *options(toy, tmp_path / "a")],

@@ -136,6 +136,7 @@ def lm_eval(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_ls_lists_the_tasks():
     listed = lm_eval("ls", "tasks").stdout
     for name in (*TASKS, "subliminal_queen_gibberish"):
