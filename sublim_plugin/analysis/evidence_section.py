@@ -56,14 +56,11 @@ def evidence_section(answers: Sequence[Answer], on_page: Collection[str]) -> Htm
             continue
         parts.append(page.heading(QUESTIONS.get(topic, topic.capitalize())))
         own.sort(key=lambda answer: answer.train_context != answer.eval_context)
-        groups: dict[str, list[Answer]] = {}
-        for answer in own[:MOST_ANSWERS]:
-            groups.setdefault(_about(answer), []).append(answer)
-        for about, group in groups.items():
+        for about, entries in _groups(own[:MOST_ANSWERS]):
             if about:
                 parts.append(Html(f"<h4>{page.esc(about)}</h4>"))
-            entries = "".join(_entry(answer, on_page) for answer in group)
-            parts.append(Html(f'<ul class="findings">{entries}</ul>'))
+            listed = "".join(_entry(alike, on_page) for alike in entries)
+            parts.append(Html(f'<ul class="findings">{listed}</ul>'))
         if len(own) > MOST_ANSWERS:
             keys = [answer.id for answer in own[MOST_ANSWERS:]]
             text = f"{len(keys)} more answers to this question are in"
@@ -71,33 +68,60 @@ def evidence_section(answers: Sequence[Answer], on_page: Collection[str]) -> Htm
     return page.join(parts)
 
 
-def _about(answer: Answer) -> str:
+def _groups(answers: Sequence[Answer]) -> list[tuple[str, list[list[Answer]]]]:
+    """What answers are about, and under each the answers; several where they say the same.
+
+    Eval contexts of which nothing can be claimed, for the same reasons, stand together.
+    """
+    groups: dict[tuple[str, str, str], list[Answer]] = {}
+    for answer in answers:
+        key = (answer.settings, answer.train_context, answer.eval_context)
+        groups.setdefault(key, []).append(answer)
+    alike: dict[object, list[list[Answer]]] = {}
+    for key, group in groups.items():
+        said = tuple((one.target, one.verdict, one.sentence) for one in group)
+        nothing = all(one.verdict == "no claim" for one in group) and "," not in key[1]
+        alike.setdefault((*key[:2], said) if nothing else key, []).append(group)
+    return [
+        (_about([group[0] for group in same]), [list(entry) for entry in zip(*same, strict=True)])
+        for same in alike.values()
+    ]
+
+
+def _about(answers: Sequence[Answer]) -> str:
     """Settings and contexts, under which answers stand together; "" for those on all of them."""
+    answer = answers[0]
     settings = answer.settings[:1].upper() + answer.settings[1:]
     name = f"{settings}, t" if settings else "T"
     if not answer.train_context:
         return settings
     if answer.train_context == answer.eval_context and "," in answer.train_context:
         return f"{name}rained and asked in {answer.train_context}"
-    return f"{name}rained in {answer.train_context}, asked in {answer.eval_context}"
+    asked = ", ".join(one.eval_context for one in answers)
+    return f"{name}rained in {answer.train_context}, asked in {asked}"
 
 
-def _entry(answer: Answer, on_page: Collection[str]) -> Html:
+def _entry(alike: Sequence[Answer], on_page: Collection[str]) -> Html:
+    """One answer, or several that say the same; each can be linked to by its id."""
+    answer = alike[0]
     about = answer.target.replace("animals/", "")
+    rows = list(dict.fromkeys(row for one in alike for row in one.rows))
     shown = ", ".join(
-        f'<a href="#{row}">{row}</a>' if row in on_page else row for row in answer.rows[:SHOWN_ROWS]
+        f'<a href="#{row}">{row}</a>' if row in on_page else row for row in rows[:SHOWN_ROWS]
     )
-    more = len(answer.rows) - SHOWN_ROWS
+    more = len(rows) - SHOWN_ROWS
     shown += f" and {more} more" if more > 0 else ""
     verdict, sentence = answer.verdict, answer.sentence
     if sentence.startswith(verdict):  # then it is not said twice
         lead, sentence = f"{about}: {verdict}", sentence[len(verdict) :]
     else:
         lead, sentence = f"{about}, {verdict}:", f" {sentence}"
+    ids = [one.id for one in alike]
+    anchors = "".join(f'<span id="{page.esc(name)}"></span>' for name in ids[1:])
     return Html(
-        f'<li id="{page.esc(answer.id)}" {page.traced("evidence.csv", [answer.id])}>'
+        f'<li id="{page.esc(ids[0])}" {page.traced("evidence.csv", ids)}>{anchors}'
         f"<strong>{page.esc(lead)}</strong>{page.esc(sentence)}. "
-        f'<span class="rows">{page.esc(answer.id)} of '
+        f'<span class="rows">{page.esc(", ".join(ids))} of '
         f'<a href="evidence.csv">evidence.csv</a>, from {shown} of '
         '<a href="results.csv">results.csv</a>.</span></li>'
     )
