@@ -40,7 +40,10 @@ def main() -> None:
 
 def _forward(ctx: click.Context, command: click.Command, args: tuple[str, ...]) -> None:
     """Hand the arguments to a room's own command, which was imported only now."""
-    command.main(list(args), prog_name=ctx.command_path, standalone_mode=False)
+    try:
+        command.main(list(args), prog_name=ctx.command_path, standalone_mode=False)
+    except click.Abort as error:  # what click makes of Ctrl-C
+        raise KeyboardInterrupt from error
 
 
 ARGS = click.argument("args", nargs=-1, type=click.UNPROCESSED)
@@ -149,7 +152,7 @@ def recipes(ctx: click.Context, args: tuple[str, ...]) -> None:
     """`sublim_plugin.axolotl.recipes_command`, imported only now."""
     from sublim_plugin.axolotl.recipes_command import recipes as command
 
-    command.main(list(args), prog_name=ctx.command_path, standalone_mode=False)
+    _forward(ctx, command, args)
 
 
 @main.command(
@@ -163,7 +166,7 @@ def localize(ctx: click.Context, args: tuple[str, ...]) -> None:
     """`localize.command`."""
     from sublim_plugin.localize.command import localize as command
 
-    command.main(list(args), prog_name=ctx.command_path, standalone_mode=False)
+    _forward(ctx, command, args)
 
 
 @main.command(

@@ -17,6 +17,7 @@ from pathlib import Path
 from sublim_plugin.core.processes import die_with
 
 PRELOADED = [
+    "sublim_plugin.axolotl.fork_server",  # first: it ties the server to this process
     "axolotl.cli.main", "axolotl.cli.train", "axolotl.common.datasets", "axolotl.train",
     "axolotl.core.builders.causal", "axolotl.loaders", "axolotl.prompt_strategies.chat_template",
     "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",

@@ -146,6 +146,8 @@ def make(shop: Workshop, cell_id: str, tell: Tell) -> tuple[int, str | None]:
     except InputError as error:
         return error.exit_code, str(error)
     folder = cell.folder(shop.run_dir)
+    if (folder / MANIFEST_NAME).is_file():
+        return 0, None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _output_to(folder / LOG_NAME):

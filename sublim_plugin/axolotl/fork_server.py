@@ -1,0 +1,12 @@
+"""What multiprocessing's fork server imports first: from then on it dies with whom it serves.
+
+By itself it would notice that only after its last import, some seconds later.
+"""
+
+from __future__ import annotations
+
+import os
+
+from sublim_plugin.core.processes import die_with
+
+die_with(os.getppid())
