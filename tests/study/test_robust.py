@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,19 +103,20 @@ def test_a_worker_that_dies_every_time_fails_its_cell(undisturbed: Path, tmp_pat
     study, folder = undisturbed.parent / "tiny.yaml", tmp_path / "run"
     child = start(study, folder, str(tmp_path))
     killed: set[int] = set()
-    for _ in range(3):
-        wait_for(lambda: workers(tmp_path) - killed)
-        wait_for(lambda: list(folder.glob("cells/dataset-cat*/cell.log")))
-        (pid,) = workers(tmp_path) - killed
-        killed.add(pid)
-        os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: list(folder.glob("cells/dataset-cat*/error.txt")))
+    # a cell whose worker died goes to the end of the queue, so two datasets take turns
+    while not (errors := list(folder.glob("cells/dataset-*/error.txt"))):
+        assert len(killed) < 6
+        for pid in workers(tmp_path) - killed:
+            if list(folder.glob("cells/dataset-*/cell.log")):
+                killed.add(pid)
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
     child.send_signal(signal.SIGTERM)
     out, _ = child.communicate(timeout=60)
-    assert out.count("killed by SIGKILL") == 3
-    (error,) = folder.glob("cells/dataset-cat*/error.txt")
-    assert "killed by SIGKILL (out of memory?) 3 times" in error.read_text()
-    assert "cell.log ends with:" in error.read_text()
+    assert out.count("killed by SIGKILL") >= 3
+    text = errors[0].read_text()
+    assert "killed by SIGKILL (out of memory?) 3 times" in text
+    assert "cell.log ends with:" in text or "it left no" in text
 
 
 def workers(mark: Path) -> set[int]:
