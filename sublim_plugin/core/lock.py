@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,23 @@ def cell_lock(folder: Path) -> Iterator[Lock]:
         yield lock
     finally:
         lock.release()
+
+
+@contextmanager
+def cell_lock_in_turn(folder: Path) -> Iterator[Lock]:
+    """Hold a folder's lock, after whoever else holds it: for work of seconds.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    with ExitStack() as opened:
+        while True:
+            try:
+                lock = opened.enter_context(cell_lock(folder))
+                break
+            except BusyError:
+                time.sleep(0.5)
+        yield lock
 
 
 def held(folder: Path) -> bool:

@@ -76,6 +76,11 @@ def run(
         return
     if address is not None and engine != "ray":
         raise InputError("--address is that of a Ray cluster: add --engine ray")
+    if gpus_per_worker > 1 and (engine == "slurm" or slurm["array"] is not None):
+        raise InputError(
+            "--gpus-per-worker is for the local engine and Ray; a task of an array makes a cell on"
+            " each of its GPUs, and a training on several is run outside (docs/clusters.md)"
+        )
     code = run_on_slurm(study, run_dir, engine, as_json=as_json, **slurm)
     if code is not None:
         sys.exit(code)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from sublim_plugin.core.base_models import EMBEDDED, fingerprint, is_prepared, resolve
 from sublim_plugin.core.errors import BusyError, InputError
 from sublim_plugin.core.hashing import sha256_json
-from sublim_plugin.core.lock import cell_lock, held
+from sublim_plugin.core.lock import cell_lock_in_turn, held
 from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from sublim_plugin.core.many_objects import many_objects
 from sublim_plugin.core.versions import installed
@@ -313,11 +313,12 @@ def write_report_if_changed(
             for state in states
         },
     }
-    if _is_current(folder, spec):
+    report_id = sha256_json(spec)[:12]
+    if _is_current(folder, report_id):
         return index
     started = time.time()
-    with _alone(folder):
-        if _is_current(folder, spec):
+    with cell_lock_in_turn(folder):
+        if _is_current(folder, report_id):
             return index
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
         refs = [
@@ -334,7 +335,7 @@ def write_report_if_changed(
         write_manifest(
             folder,
             kind="report",
-            id=sha256_json(spec)[:12],
+            id=report_id,
             label=study.name,
             spec=spec,
             outputs=[str(path.relative_to(folder)) for path in own_files(folder)],
@@ -343,20 +344,7 @@ def write_report_if_changed(
     return index
 
 
-def _is_current(folder: Path, spec: dict[str, Any]) -> bool:
+def _is_current(folder: Path, report_id: str) -> bool:
     if not (folder / "index.html").is_file() or not (folder / MANIFEST_NAME).is_file():
         return False
-    return read_manifest(folder).id == sha256_json(spec)[:12]
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, after whoever else writes the report: that takes seconds."""
-    with contextlib.ExitStack() as opened:
-        while True:
-            try:
-                opened.enter_context(cell_lock(folder))
-                break
-            except BusyError:
-                time.sleep(0.5)
-        yield
+    return read_manifest(folder).id == report_id

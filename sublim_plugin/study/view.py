@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sublim_plugin.study.cells import Cell
@@ -70,6 +70,8 @@ class View:
 
     def ended(self, cell: Cell, word: str, error: str | None = None) -> None:
         """Call after the schedule knows."""
+        # before the guard: a thread that is given a cell holds the schedule and may tell something
+        left = self._schedule.left()
         with self._guard:
             _, since, _ = self._running.pop(cell.id, ("", time.monotonic(), ""))
             seconds = time.monotonic() - since
@@ -80,18 +82,18 @@ class View:
             failed = f"; {schedule.failed} failed" if schedule.failed else ""
             self._write(
                 f"{count} {cell.kind} {cell.label}: {word} in {duration(seconds)}"
-                f"{failed}{self._left()}"
+                f"{failed}{self._left(left)}"
             )
             if error:
                 self._write(f"    {error.splitlines()[0]}")
             self._show()
 
-    def _left(self) -> str:
+    def _left(self, kinds: Mapping[str, int]) -> str:
         """Cells an hour, and the time left where each kind that is to come has been timed."""
         hours = (time.monotonic() - self._began) / 3600
         made = self._schedule.done - self._at_first
         seconds = 0.0
-        for kind, number in self._schedule.left().items():
+        for kind, number in kinds.items():
             times = self._spent.get(kind)
             if not times:
                 return ""

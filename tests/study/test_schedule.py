@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sublim_plugin.study import schedule as module
 from sublim_plugin.study.cells import Cell
 from sublim_plugin.study.schedule import Look, Schedule
+from sublim_plugin.study.view import View
 
 KINDS = ("dataset", "student", "probe", "localization")
 
@@ -116,3 +117,29 @@ def test_a_worker_that_died_gives_its_cell_to_another() -> None:
     assert schedule.take(None, lambda _: "open") is cell
     schedule.stop()
     assert schedule.take(None, lambda _: "open") is None
+
+
+def test_workers_that_end_and_workers_that_look_do_not_wait_for_each_other() -> None:
+    """The view is told of cells by a thread inside the schedule, and asks the schedule itself."""
+    cells = [Cell("dataset", f"{n}", {"n": n}) for n in range(400)]
+    schedule = Schedule(cells, [])
+    view = View(schedule, 4, lambda text: None)
+
+    def look(cell: Cell) -> Look:
+        view.waiting(cell)
+        return "open"
+
+    def work() -> None:
+        while (cell := schedule.take(None, look)) is not None:
+            view.started(cell)
+            schedule.ended(cell, "done")
+            view.ended(cell, "done")
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    view.close()
+    assert schedule.done == 400
