@@ -2,14 +2,16 @@
 
 Each kill is a SIGKILL of one process of the run, drawn at random: the coordinator, a worker, the
 server that trainings are forked from, a training. Half of them come within the first seconds of
-what has just been started, where folders, locks and plans are made; the others after up to half a
-minute, in the midst of generation, training and scoring. Whatever ended is started again with the
+what has just been started, where folders, locks and plans are made; the others up to ten seconds
+later, and every eighth waits for a training to be there or for a further cell to be done, which a
+run that dies every few seconds rarely comes to. Whatever ended is started again with the
 same command, sometimes twice at once. `CHAOS_KILLS` (200), `CHAOS_MINUTES` (24) and `CHAOS_SEED`
 set how many, for how long at most before the run is let alone, and which.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -18,6 +20,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,8 @@ from .processes import command_line, marked, none_left, start
 KILLS = int(os.environ.get("CHAOS_KILLS", "200"))
 MINUTES = float(os.environ.get("CHAOS_MINUTES", "24"))
 SEED = int(os.environ.get("CHAOS_SEED", str(random.SystemRandom().randrange(10**6))))
+
+PATIENCE_S = 30.0
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
 
@@ -61,17 +66,23 @@ def test_random_kills_lose_nothing(
                 folder = tmp_path / f"run{rounds}"
                 finished = {}
             runs = [quietly(study, folder, mark) for _ in range(1 + (chance.random() < 0.15))]
+        number = sum(killed.values())
+        if number % 8 == 3:
+            awaited = until(lambda: "training" in by_kind(mark), mark)
+        elif number % 8 == 7:
+            awaited = until(partial(differs, folder, done_in(folder)), mark)
+        else:
+            awaited = False
         time.sleep(chance.uniform(0.05, 3.0) if chance.random() < 0.5 else chance.uniform(0, 10))
-        victims = marked(mark)
+        victims = by_kind(mark)
         if not victims:
             continue
         # workers and trainings are few beside their helpers; take kinds alike
-        by_kind: dict[str, list[int]] = {}
-        for pid in victims:
-            by_kind.setdefault(kind(pid), []).append(pid)
-        name = chance.choice(sorted(by_kind))
+        name = chance.choice(sorted(victims))
+        if awaited and "training" in victims:
+            name = "training"
         try:
-            os.kill(chance.choice(by_kind[name]), signal.SIGKILL)
+            os.kill(chance.choice(victims[name]), signal.SIGKILL)
         except ProcessLookupError:
             continue
         killed[name] += 1
@@ -97,23 +108,48 @@ def quietly(study: Path, folder: Path, mark: str) -> subprocess.Popen[str]:
     return start(study, folder, mark, stdout=subprocess.DEVNULL)
 
 
+def by_kind(mark: str) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for pid in marked(mark):
+        found.setdefault(kind(pid), []).append(pid)
+    return found
+
+
 def kind(pid: int) -> str:
     line = command_line(pid)
     for word, name in (
-        (b"study.worker", "worker"), (b"sublim\0run", "coordinator"), (b"axolotl", "training"),
-        (b"multiprocessing.forkserver", "fork server or training"),
-        (b"resource_tracker", "resource tracker"), (b"multiprocess", "tokenizing"),
+        (b"study.worker", "worker"), (b"sublim\0run", "coordinator"),
+        (b"axolotl", "training"), (b"resource_tracker", "resource tracker"),
+        (b"multiprocess.", "tokenizing"),
     ):  # fmt: skip
         if word in line:
             return name
+    if b"multiprocessing.forkserver" not in line:
+        return "other"
+    # a training is a copy of the server it was forked from, in a session of its own
+    with contextlib.suppress(ProcessLookupError):
+        return "training" if os.getsid(pid) == pid else "fork server"
     return "other"
 
 
-def all_done(folder: Path, undisturbed: Path) -> bool:
-    def made(run: Path) -> set[str]:
-        return {path.parent.name for path in run.glob("cells/*/manifest.json")}
+def until(moment: Callable[[], bool], mark: str) -> bool:
+    """Whether the moment came, within `PATIENCE_S` and while a run was alive."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (now := moment()) and time.monotonic() < deadline and marked(mark):
+        time.sleep(0.05)
+    return now
 
-    return made(folder) == made(undisturbed)
+
+def differs(run: Path, cells: set[str]) -> bool:
+    return done_in(run) != cells
+
+
+def done_in(run: Path) -> set[str]:
+    return {path.parent.name for path in run.glob("cells/*/manifest.json")}
+
+
+def all_done(folder: Path, undisturbed: Path) -> bool:
+    return done_in(folder) == done_in(undisturbed)
 
 
 def equal(folder: Path, undisturbed: Path) -> None:
