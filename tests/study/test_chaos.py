@@ -50,13 +50,13 @@ def test_random_kills_lose_nothing(
 
     chance = random.Random(SEED)
     print(f"seed {SEED}")
-    until = time.monotonic() + 60 * MINUTES
+    deadline = time.monotonic() + 60 * MINUTES
     killed: Counter[str] = Counter()
     finished: dict[Path, int] = {}
     runs: list[subprocess.Popen[str]] = []
     rounds = 0
     while sum(killed.values()) < KILLS:
-        assert time.monotonic() < until, f"only {sum(killed.values())} kills in {MINUTES} minutes"
+        assert time.monotonic() < deadline, f"only {sum(killed.values())} kills in {MINUTES} minutes"
         runs = [run for run in runs if run.poll() is None]
         if not runs:
             if all_done(folder, undisturbed):
