@@ -56,7 +56,9 @@ def test_random_kills_lose_nothing(
     runs: list[subprocess.Popen[str]] = []
     rounds = 0
     while sum(killed.values()) < KILLS:
-        assert time.monotonic() < deadline, f"only {sum(killed.values())} kills in {MINUTES} minutes"
+        assert time.monotonic() < deadline, (
+            f"only {sum(killed.values())} kills in {MINUTES} minutes"
+        )
         runs = [run for run in runs if run.poll() is None]
         if not runs:
             if all_done(folder, undisturbed):
