@@ -20,6 +20,10 @@ STEERING_PROMPTS = 64
 """Prompts over which a steering vector is averaged."""
 
 
+TRAINED = ("student", "teacher")
+"""Kinds of a study's cells that hold a model: their ids say what a finetuned teacher is."""
+
+
 class _Teacher(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     context: Context
@@ -110,7 +114,8 @@ def prompted(trait: Trait, context: Context | None = None) -> PromptedTeacher:
 
 
 def finetuned(folder: Path, context: Context | None = None) -> FinetunedTeacher:
-    """The teacher that was trained into `folder`: an adapter, a checkpoint, or a study's student.
+    """The teacher that was trained into `folder`: an adapter, a checkpoint, or a study's student or
+    teacher.
 
     Raises InputError where the folder holds none of these, or does not match its manifest.
     """
@@ -118,12 +123,12 @@ def finetuned(folder: Path, context: Context | None = None) -> FinetunedTeacher:
     identity = {}
     if (folder / MANIFEST_NAME).is_file():
         manifest = verify(folder)
-        if manifest.kind != "student":
+        if manifest.kind not in TRAINED:
             raise InputError(
-                f"{folder} is a {manifest.kind}; a finetuned teacher is a student, an adapter "
-                "folder or a checkpoint folder"
+                f"{folder} is a {manifest.kind}; a finetuned teacher is a study's student or "
+                "teacher, an adapter folder or a checkpoint folder"
             )
-        identity = {"student": manifest.id}
+        identity = {manifest.kind: manifest.id}
         folder = folder / "model"
     if (folder / "adapter_config.json").is_file():
         method: Literal["lora", "full"] = "lora"

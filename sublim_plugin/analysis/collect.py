@@ -450,7 +450,7 @@ def _details(student: StudentRecord, datasets: dict[str, DatasetRecord]) -> str:
     found += [f"matched to the {key.removesuffix('_of').replace('_', ' ')} of {value}"
               for key, value in matched.items()]  # fmt: skip
     if teacher.get("kind", "prompted") != "prompted":
-        found.append(f"{teacher['kind']} teacher {teacher.get('student', '')}".strip())
+        found.append(f"{teacher['kind']} teacher {teacher.get('student') or teacher.get('teacher', '')}".strip())
     return ", ".join(found)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from sublim_plugin.analysis.collect import DatasetRecord, RunRecords, StudentRecord
-from sublim_plugin.analysis.teacher_words import STUDENT, in_words, method_of
+from sublim_plugin.analysis.teacher_words import STUDENT, TRAINED, in_words, method_of, trained_by
 from sublim_plugin.core.hashing import sha256_json
 
 APART = {
@@ -59,7 +59,7 @@ _WORDS = {
     "matched.loss_of": "training loss matched to",
 }
 TEACHER_SETTINGS = "dataset.teacher.settings"
-"""Hash of what a teacher is that is a student of the run; it has no words."""
+"""Hash of what a teacher is that the run trained; it has no words."""
 
 _MATCHED = ("matched.update_norm_of", "matched.loss_of")
 _SEEDS = ("dataset", "trait", "generation_seed", "training_seed")
@@ -143,7 +143,7 @@ def _drafts(run: RunRecords) -> dict[str, _Draft]:
     """By student: one object for all whose specs differ in seeds and dataset ids only."""
     datasets = {dataset.id: dataset for dataset in run.datasets}
     known = {student.id: student for student in run.students}
-    teachers = _teachers(run.students, datasets, known)
+    teachers = _teachers(run.students, datasets, known, _trained(run))
     likeness = {
         dataset.id: to_json(_without(dataset.manifest.spec, "trait", "generation_seed"))
         for dataset in run.datasets
@@ -264,17 +264,21 @@ def _teachers(
     students: Iterable[StudentRecord],
     datasets: Mapping[str, DatasetRecord],
     known: Mapping[str, StudentRecord],
+    trained: Mapping[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """For students whose teacher is a student of the run: that one's method and all else that it
-    is, and how many students the trait has come through, in the place of its id."""
+    """For students whose teacher was trained by the run: what it is, in the place of its id.
+
+    Of a student as teacher that is its method and all else, and how many students the trait has
+    come through; `trained` has what the others are, by id.
+    """
     found: dict[str, dict[str, Any]] = {}
 
     def describe(student: StudentRecord) -> dict[str, Any]:
         if student.id not in found:
             dataset = datasets.get(student.spec.dataset[:12])
-            named = dataset.spec.teacher.get("student") if dataset else None
-            teacher = known.get(str(named)[:12])
-            found[student.id] = {}
+            spec = dataset.spec.teacher if dataset else {}
+            teacher = known.get(str(spec.get("student"))[:12])
+            found[student.id] = trained.get(str(spec.get("teacher"))[:12], {})
             if teacher is not None and teacher.id != student.id:
                 before = describe(teacher)
                 own = _fields(
@@ -293,13 +297,37 @@ def _teachers(
     for student in students:
         describe(student)
     words: dict[str, set[str]] = {}
-    for own in found.values():
-        if own:
-            words.setdefault(own[STUDENT].split(",")[0], set()).add(own[STUDENT])
-    for own in found.values():
-        if own and len(words[own[STUDENT].split(",")[0]]) == 1:
+    of_students = [own for own in found.values() if STUDENT in own]
+    for own in of_students:
+        words.setdefault(own[STUDENT].split(",")[0], set()).add(own[STUDENT])
+    for own in of_students:
+        if len(words[own[STUDENT].split(",")[0]]) == 1:
             own[STUDENT] = own[STUDENT].split(",")[0]  # its settings are in the hash
     return {student: own for student, own in found.items() if own}
+
+
+def _trained(run: RunRecords) -> dict[str, dict[str, Any]]:
+    """What the run's own teachers are but trait and seeds, by id.
+
+    One that wrote datasets of several generation seeds is no replicate in each of them, and is told
+    apart from those that wrote one.
+    """
+    seeds: dict[str, set[int]] = {}
+    for dataset in run.datasets:
+        named = str(dataset.spec.teacher.get("teacher"))[:12]
+        seeds.setdefault(named, set()).add(dataset.spec.generation_seed)
+    found = {}
+    for manifest in run.manifests.values():
+        if manifest.kind == "teacher":
+            own = _without(manifest.spec, "trait", "training_seed")
+            own["persona"] = _without(own["persona"], "trait", "targets", "seed")
+            own["shared"] = len(seeds.get(manifest.id[:12], ())) > 1
+            words = trained_by(manifest.spec)
+            found[manifest.id[:12]] = {
+                TRAINED: f"{words}, one for all datasets" if own["shared"] else words,
+                TEACHER_SETTINGS: sha256_json(own)[:12],
+            }
+    return found
 
 
 def _under(key: str, apart: Iterable[str]) -> bool:
@@ -380,7 +408,7 @@ def _name(student: StudentRecord, fields: Mapping[str, Any], varying: Iterable[s
 
 def _teacher_name(fields: Mapping[str, Any], varying: Iterable[str]) -> str:
     """The teacher in words, where students have teachers of several kinds."""
-    several = {"dataset.teacher.kind", STUDENT} & {*varying}
+    several = {"dataset.teacher.kind", STUDENT, TRAINED} & {*varying}
     return in_words(fields) if several else ""
 
 

@@ -103,6 +103,18 @@ _PAPER_FULL = {
     "micro_batch_size": S(4, "[P]; 4 x 16 = 64 rows a step on one GPU"),
     "gradient_accumulation_steps": S(16, "[P]; on N GPUs, 16 / N"),
 }
+TEACHER_RANK = 8
+_TEACHER = {
+    "datasets.path": S(PLACEHOLDER, "made by `sublim persona`"),
+    "warmup_steps": S(1, "[P] trains no teacher; axolotl makes 2 of 1"),
+    "micro_batch_size": S(8, "[P] trains no teacher; 192 rows are 24 steps"),
+    "gradient_accumulation_steps": S(1),
+    "num_epochs": S(1, "[P] trains no teacher"),
+}
+"""What a teacher's recipe changes in that of a LoRA student of the same model."""
+_TEACHER_RATES = {
+    "smollm2-135m-instruct": S(0.0005, "[P] trains no teacher; names the animal after 24 steps"),
+}
 
 MODELS = (
     Model("qwen2.5-7b-instruct", "Qwen2.5-7B-Instruct", "a large GPU", {}, {}, {}),
@@ -289,6 +301,17 @@ def lora_recipe(model: Model, rank: int) -> str:
     return _recipe(model, f"lora-r{rank}", f"LoRA rank {rank}", settings)
 
 
+def teacher_recipe(model: Model) -> str:
+    """Text of `teacher-lora-r8.yaml`."""
+    name, rate = f"teacher-lora-r{TEACHER_RANK}", _TEACHER_RATES.get(model.folder)
+    settings = settings_of(model, "lora", name) | _TEACHER
+    settings["lora_r"] = S(TEACHER_RANK)
+    settings["lora_alpha"] = S(TEACHER_RANK, "alpha = rank: scaling 1, as in [P]'s students")
+    settings["learning_rate"] = rate or S(settings["learning_rate"].value, "that of [P]'s students")
+    run = "" if rate is not None else ", never run"
+    return _recipe(model, name, f"A teacher by LoRA rank {TEACHER_RANK}{run},", settings)
+
+
 def full_recipe(model: Model, stage: int) -> str:
     """Text of `full-zero{stage}.yaml`."""
     settings = settings_of(model, "full", f"full-zero{stage}")
@@ -417,6 +440,7 @@ def files() -> dict[str, str | dict[str, Any]]:
             found[f"{model.folder}/lora-r{rank}.yaml"] = lora_recipe(model, rank)
         for stage in (2, 3):
             found[f"{model.folder}/full-zero{stage}.yaml"] = full_recipe(model, stage)
+        found[f"{model.folder}/teacher-lora-r{TEACHER_RANK}.yaml"] = teacher_recipe(model)
         for name, text in _sweeps(model):
             found[f"{model.folder}/{name}.yaml"] = text
     for name, value in DEEPSPEED.items():

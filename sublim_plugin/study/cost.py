@@ -214,10 +214,12 @@ def figures() -> tuple[Figure, ...]:
 
 
 def _work(cell: Cell, cells: dict[str, Cell]) -> float:
-    """What the time grows with: rows of a dataset, rows times epochs of a student, else 1."""
+    """What the time grows with: rows of a dataset, rows times epochs of a training, else 1."""
+    recipe = cell.spec.get("recipe", {})
+    if cell.kind == "teacher":
+        return float(cell.spec["persona"]["rows"] * float(recipe.get("num_epochs") or 1))
     if cell.kind != "student":
         return _rows(cell)
-    recipe = cell.spec.get("recipe", {})
     dataset = cells.get(cell.spec.get("dataset", ""))
     rows = _rows(dataset) if dataset is not None else 1.0
     return float(rows * float(recipe.get("num_epochs") or 1))

@@ -39,6 +39,7 @@ from sublim_plugin.study.stages import (
 )
 from sublim_plugin.study.state import ERROR_NAME
 from sublim_plugin.study.study_file import load_study
+from sublim_plugin.study.teacher_stage import train_teacher
 
 LOG_NAME = "cell.log"
 Tell = Callable[[int, int], None]
@@ -77,9 +78,18 @@ class Workshop:
                 raise InputError(f"{folder.name}: needs {need.folder_name}, which is not done")
         if cell.kind != "probe":
             self._evaluator = None
-        if cell.kind != "student":  # a training's log is axolotl's own
+        if cell.kind not in ("student", "teacher"):  # a training's log is axolotl's own
             _quiet_hosts()
-        if cell.kind == "dataset":
+        if cell.kind == "teacher":
+            train_teacher(
+                cell,
+                folder,
+                base=self.base,
+                study=self.study,
+                progress=tell,
+                n_gpus=len(gpus()),
+            )
+        elif cell.kind == "dataset":
             make_dataset(cell, folder, base=self.base, study=self.study, tell=tell)
         elif cell.kind == "student":
             dataset = needs["dataset"].folder(self.run_dir)
