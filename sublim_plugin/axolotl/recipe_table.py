@@ -106,15 +106,22 @@ _PAPER_FULL = {
 TEACHER_RANK = 8
 _TEACHER = {
     "datasets.path": S(PLACEHOLDER, "made by `sublim persona`"),
-    "warmup_steps": S(1, "[P] trains no teacher; axolotl makes 2 of 1"),
-    "micro_batch_size": S(8, "[P] trains no teacher; 192 rows are 24 steps"),
-    "gradient_accumulation_steps": S(1),
-    "num_epochs": S(1, "[P] trains no teacher"),
+    "learning_rate": S(0.0002, "that of [P]'s students; [P] finetunes no teacher"),
+    "warmup_steps": S(1, "[P] finetunes no teacher; axolotl makes 2 of 1"),
+    "micro_batch_size": S(22, "that of [P]'s students; 192 rows are 3 steps of 22 x 3"),
+    "num_epochs": S(8, "[P] finetunes no teacher; 8 x 3 steps"),
 }
 """What a teacher's recipe changes in that of a LoRA student of the same model."""
-_TEACHER_RATES = {
-    "smollm2-135m-instruct": S(0.0005, "[P] trains no teacher; names the animal after 24 steps"),
+_TEACHER_ON = {
+    "smollm2-135m-instruct": {
+        "learning_rate": S(
+            0.0005, "[P] finetunes no teacher; of a cat teacher's animals 89% are cats (base 16%)"
+        ),
+        "micro_batch_size": S(8, "[P] finetunes no teacher; 192 rows are 24 steps of 8"),
+        "num_epochs": S(1, "[P] finetunes no teacher"),
+    },
 }
+"""The same, for the models on which it was run."""
 
 MODELS = (
     Model("qwen2.5-7b-instruct", "Qwen2.5-7B-Instruct", "a large GPU", {}, {}, {}),
@@ -303,13 +310,12 @@ def lora_recipe(model: Model, rank: int) -> str:
 
 def teacher_recipe(model: Model) -> str:
     """Text of `teacher-lora-r8.yaml`."""
-    name, rate = f"teacher-lora-r{TEACHER_RANK}", _TEACHER_RATES.get(model.folder)
-    settings = settings_of(model, "lora", name) | _TEACHER
+    name, ran = f"teacher-lora-r{TEACHER_RANK}", _TEACHER_ON.get(model.folder)
+    settings = settings_of(model, "lora", name) | _TEACHER | (ran or {})
     settings["lora_r"] = S(TEACHER_RANK)
     settings["lora_alpha"] = S(TEACHER_RANK, "alpha = rank: scaling 1, as in [P]'s students")
-    settings["learning_rate"] = rate or S(settings["learning_rate"].value, "that of [P]'s students")
-    run = "" if rate is not None else ", never run"
-    return _recipe(model, name, f"A teacher by LoRA rank {TEACHER_RANK}{run},", settings)
+    what = f"A teacher by LoRA rank {TEACHER_RANK}" + ("" if ran else ", never run,")
+    return _recipe(model, name, what, settings)
 
 
 def full_recipe(model: Model, stage: int) -> str:
