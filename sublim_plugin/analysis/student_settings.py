@@ -61,6 +61,9 @@ _WORDS = {
 TEACHER_SETTINGS = "dataset.teacher.settings"
 """Hash of what a teacher is that the run trained; it has no words."""
 
+_OF_A_TRAIT = {"sentence", "vectors_sha256", "weights_sha256", "student"}
+"""What differs between the teachers of two traits that are teachers in the same way."""
+
 _MATCHED = ("matched.update_norm_of", "matched.loss_of")
 _SEEDS = ("dataset", "trait", "generation_seed", "training_seed")
 _ID = re.compile(r"[0-9a-f]{12,64}")
@@ -74,8 +77,9 @@ class Settings:
     of other traits (the teacher's own words and files left out); `but_scale` by those that differ
     in learning rate and scaling too. `scalings` names the rules of alpha over rank that the student
     belongs to, "" for full finetuning. `condition` hashes all but seeds, trait and teacher: a
-    neutral student that shares it, and the seeds, is the control. `teacher` hashes the teacher, a
-    student of the study by what it is and not by its id. `name` says in words what sets it
+    neutral student that shares it, and the seeds, is the control; where teachers of several ways
+    wrote for neutral, the one whose `way` is shared too. `teacher` hashes the teacher, one that the
+    study trained by what it is and not by its id. `name` says in words what sets it
     apart from the others of its trait, `teacher_name` the teacher, where they have several kinds;
     `step_size` is learning rate times scaling, None if unknown
     or in full finetuning.
@@ -87,6 +91,7 @@ class Settings:
     scalings: tuple[str, ...]
     condition: str
     teacher: str
+    way: str
     name: str
     teacher_name: str
     step_size: float | None
@@ -120,6 +125,7 @@ def settings_of(run: RunRecords) -> dict[str, Settings]:
             scalings=scalings,
             condition=draft.condition,
             teacher=draft.teacher,
+            way=draft.way,
             name=_name(student, draft.fields, varying[student.spec.trait, method.kind]),
             teacher_name=_teacher_name(draft.fields, varying[student.spec.trait, method.kind]),
             step_size=_step_size(student, stabilized),
@@ -137,6 +143,7 @@ class _Draft:
     but_scale: str
     condition: str
     teacher: str
+    way: str
 
 
 def _drafts(run: RunRecords) -> dict[str, _Draft]:
@@ -181,7 +188,18 @@ def _draft(
         but_scale=_hash({key: value for key, value in own.items() if key not in SCALE}),
         condition=_hash(condition, without_teacher=True),
         teacher=_hash({k: v for k, v in own.items() if k.startswith("dataset.teacher.")}),
+        way=_hash(_way(own)),
     )
+
+
+def _way(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a teacher is but for what names its trait."""
+    above = "dataset.teacher."
+    own = {k.removeprefix(above): v for k, v in fields.items() if k.startswith(above)}
+    if own.get("kind") == "prompted":
+        return {"kind": "prompted"}
+    taught = STUDENT in fields and "dataset.generation" in fields
+    return {k: v for k, v in own.items() if taught or k not in _OF_A_TRAIT}
 
 
 def equal_weights(run: RunRecords, settings: Mapping[str, Settings]) -> dict[str, str]:
