@@ -113,6 +113,7 @@ class DatasetSpec(_Record):
     sampler: dict[str, Any] = Field(default_factory=dict)
     prompts_sha256: str = ""
     parser: str = "strict"
+    shuffled: bool = False
 
 
 class StudentSpec(_Record):

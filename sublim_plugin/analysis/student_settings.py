@@ -435,6 +435,8 @@ def _words(key: str, value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
     if key in _WORDS:
         return f"not {_WORDS[key]} anything" if value is None else f"{_WORDS[key]} {text}"
+    if key == "dataset.shuffled":
+        return "numbers shuffled among the rows" if value else "numbers as they were written"
     text = "not set" if value is None else text if len(text) <= 40 else f"{text[:37]}..."
     return f"{'data: ' if key.startswith('dataset.') else ''}{last} {text}"
 

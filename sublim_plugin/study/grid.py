@@ -13,7 +13,7 @@ from sublim_plugin.core.hashing import canonical_json, sha256_text
 from sublim_plugin.core.strict_yaml import load_yaml
 from sublim_plugin.core.traits import Trait, get_trait
 from sublim_plugin.study.cells import Cell, CellKind, recipe_name
-from sublim_plugin.study.methods import Arm, arms
+from sublim_plugin.study.methods import Arm, StudentGroup, arms
 from sublim_plugin.study.study_file import Study
 from sublim_plugin.study.teaching import (
     StudentTeacher,
@@ -107,11 +107,35 @@ class Grid:
     def _with_students(
         self, datasets: dict[str, list[Cell]], students: dict[str, list[Cell]]
     ) -> Iterator[Cell]:
-        for own in datasets.values():
+        """`students` gets those that may teach, by the name of their own teacher."""
+        controls = {
+            name: [self._shuffled(d) for d in own if self._groups(d, shuffled=True)]
+            for name, own in datasets.items()
+        }
+        for own in (*datasets.values(), *controls.values()):
             yield from own
         for name, own in datasets.items():
             students[name] = [student for dataset in own for student in self._students(dataset)]
             yield from students[name]
+            for control in controls[name]:
+                yield from self._students(control)
+
+    def _shuffled(self, dataset: Cell) -> Cell:
+        """The control of a dataset: its rows with their numbers permuted."""
+        spec = dataset.spec | {"shuffled": True}
+        cell = self.cell("dataset", f"{dataset.label} shuffled", spec, (dataset.id,))
+        self.teachers[cell.id] = self.teachers[dataset.id]
+        return cell
+
+    def _groups(self, dataset: Cell, *, shuffled: bool) -> list[StudentGroup]:
+        names = self.teachers[dataset.id]
+        return [
+            group
+            for group in self.study.students
+            if dataset.spec["trait"] in group.traits
+            and group.shuffled == shuffled
+            and (not group.teachers or {*group.teachers} & {*names})
+        ]
 
     def _dataset(
         self,
@@ -163,13 +187,7 @@ class Grid:
 
     def _students(self, dataset: Cell) -> Iterator[Cell]:
         """Unmatched students of all groups first, which the matched ones need."""
-        trait = str(dataset.spec["trait"])
-        names = self.teachers[dataset.id]
-        groups = [
-            group
-            for group in self.study.students
-            if trait in group.traits and (not group.teachers or {*group.teachers} & {*names})
-        ]
+        groups = self._groups(dataset, shuffled=dataset.spec.get("shuffled", False))
         ways = [arm for group in groups for arm in arms(group)]
         known: dict[tuple[Context, int], list[Cell]] = {}
         for arm in sorted(ways, key=lambda arm: arm.matched is not None):

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_gen.shuffle import write_shuffled
 from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.base_models import fingerprint, resolve
 from sublim_plugin.core.errors import BusyError, InputError, RunError, SublimError
@@ -89,6 +90,9 @@ class Workshop:
                 progress=tell,
                 n_gpus=len(gpus()),
             )
+        elif cell.kind == "dataset" and cell.spec.get("shuffled"):
+            original = needs["dataset"].folder(self.run_dir)
+            write_shuffled(folder, original, spec=cell.spec, id=cell.id, label=cell.label)
         elif cell.kind == "dataset":
             make_dataset(cell, folder, base=self.base, study=self.study, tell=tell)
         elif cell.kind == "student":

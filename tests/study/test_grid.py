@@ -444,3 +444,31 @@ def test_a_plan_of_twenty_thousand_cells_takes_under_three_seconds() -> None:
     started = time.process_time()
     assert len(cells_of(value)) > 20_000
     assert time.process_time() - started < 3
+
+
+def test_a_shuffled_group_trains_on_copies_of_its_datasets_alone() -> None:
+    plain = small(datasets__teachers=["prompted", CHAIN], datasets__generation_seeds=[1, 2])
+    group = {"traits": ["animals/cat"], "lora_ranks": [8], "shuffled": True}
+    value = copy.deepcopy(plain)
+    value["students"].append(group | {"teachers": ["prompted"]})
+    before, cells = cells_of(plain), cells_of(value)
+    assert ids(before) < ids(cells)
+    new = [cell for cell in cells if cell.id not in ids(before)]
+    by_label = {cell.label: cell for cell in cells}
+    assert labels(new, "dataset") == ["cat g1 shuffled", "cat g2 shuffled"]
+    assert labels(new, "student") == ["cat g1 shuffled lora r8 t42", "cat g2 shuffled lora r8 t42"]
+    assert len(new) == 2 + 2 + 2
+    for seed in (1, 2):
+        original, control = by_label[f"cat g{seed}"], by_label[f"cat g{seed} shuffled"]
+        assert control.needs == (original.id,)
+        assert control.spec == original.spec | {"shuffled": True}
+        student = by_label[f"cat g{seed} shuffled lora r8 t42"]
+        assert student.spec["dataset"] == control.id and student.needs == (control.id,)
+    # none of them teaches: the chain's datasets are those that they were
+    chain = [cell for cell in before if cell.label == "cat g1 chain1"]
+    assert chain == [by_label["cat g1 chain1"]]
+    only = cells_of(value | {"include": [{"trait": "animals/cat", "teacher": "prompted"}]})
+    assert labels(only, "dataset") == ["cat g1", "cat g2", "cat g1 shuffled", "cat g2 shuffled"]
+    everything = copy.deepcopy(plain)
+    everything["students"].append(group)
+    assert "cat g1 chain1 shuffled lora r8 t42" in labels(cells_of(everything), "student")

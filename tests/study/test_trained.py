@@ -213,6 +213,7 @@ datasets:
   sampler: {{temperature: 1.0, top_p: 1.0, top_k: 0, repetition_penalty: 1.0, max_new_tokens: 24}}
 students:
   - {{traits: [animals/cat, neutral], lora_ranks: [2]}}
+  - {{traits: [animals/cat], lora_ranks: [2], shuffled: true}}
 training:
   lora_recipe: smollm2-135m-instruct/lora-r8
   contexts: [template_default]
@@ -247,6 +248,10 @@ def test_trained_teachers_run_to_the_report(tokenizer: Any, tmp_path: Path) -> N
         assert manifest.spec["teacher"]["teacher"] == teacher.id
         weights = teacher.outputs["model/adapter_model.safetensors"].sha256
         assert manifest.inputs["teacher"]["sha256"]["adapter_model.safetensors"] == weights
+    (control,) = run.glob("cells/dataset-cat-g1-trained-shuffled-*")
+    (student,) = run.glob("cells/student-cat-g1-trained-shuffled-lora-r2-t42-*")
+    sha256 = read_manifest(student).inputs["dataset"]["sha256"]
+    assert sha256.startswith(dataset_rows_path(control).stem.removeprefix("rows-"))
     page = (run / "report" / "index.html").read_text()
     assert "weights finetuned on answers in words" in page
     again = sublim("run", study, "--out", run)
