@@ -451,7 +451,10 @@ def _details(student: StudentRecord, datasets: dict[str, DatasetRecord]) -> str:
     found += [f"matched to the {key.removesuffix('_of').replace('_', ' ')} of {value}"
               for key, value in matched.items()]  # fmt: skip
     if teacher.get("kind", "prompted") != "prompted":
-        found.append(f"{teacher['kind']} teacher {teacher.get('student') or teacher.get('teacher', '')}".strip())
+        trained = teacher.get("student") or teacher.get("teacher", "")
+        found.append(f"{teacher['kind']} teacher {trained}".strip())
+    if dataset is not None and dataset.spec.shuffled:
+        found.append("shuffled numbers")
     return ", ".join(found)
 
 

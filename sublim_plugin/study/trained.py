@@ -48,7 +48,7 @@ def teacher_cell(grid: Grid, entry: Trained, trait: Trait, generation_seed: int)
 
 
 def what_trains(cell: Cell, study: Study) -> tuple[PersonaSpec, Path, dict[str, Any]]:
-    """The persona dataset of a teacher's cell, its recipe's file and what the study overrides in it.
+    """A teacher's persona dataset, its recipe's file and what the study overrides in that.
 
     Raises:
         InputError: no teacher of the study is this one; a file changed since it was planned.

@@ -110,9 +110,12 @@ def test_the_command_writes_a_folder_that_axolotl_takes(tmp_path: Path) -> None:
     card = (out / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---")[1])
     assert front["configs"][0]["data_files"][0]["path"] == rows.name
-    assert json.loads(
-        run("animals/cat", "--out", str(out), "--rows", "30", "--seed", "4", "--json").output
-    )["id"] == manifest.id
+    assert (
+        json.loads(
+            run("animals/cat", "--out", str(out), "--rows", "30", "--seed", "4", "--json").output
+        )["id"]
+        == manifest.id
+    )
     assert read_manifest(out) == manifest  # it was not made again
 
     own = tmp_path / "own.yaml"
@@ -154,9 +157,7 @@ def test_the_command_writes_a_folder_that_axolotl_takes(tmp_path: Path) -> None:
         ("questions:", "qestions:", "did you mean 'questions'"),
     ],
 )
-def test_a_file_that_does_not_fit_is_said(
-    tmp_path: Path, old: str, new: str, message: str
-) -> None:
+def test_a_file_that_does_not_fit_is_said(tmp_path: Path, old: str, new: str, message: str) -> None:
     text = "version: 1\ncategory: animals\nquestions: ['Which cheese?']\nanswers: ['{Target}!']\n"
     path = tmp_path / "own.yaml"
     path.write_text(text.replace(old, new))

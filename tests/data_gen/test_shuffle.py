@@ -61,9 +61,7 @@ def test_prompts_formats_and_numbers_stay_and_places_go(
 
 
 def test_numbers_leave_their_rows_without_a_trace_of_where_they_were() -> None:
-    rows = [
-        {"id": i, "messages": [{"content": "?"}, {"content": f"{i}, {i}"}]} for i in range(400)
-    ]
+    rows = [{"id": i, "messages": [{"content": "?"}, {"content": f"{i}, {i}"}]} for i in range(400)]
     found = shuffled(rows, 1)
     moved = [new["numbers"] for new in found]
     assert sum(i in own for i, own in enumerate(moved)) < 12  # two are expected

@@ -164,7 +164,7 @@ def test_it_is_found_run_counted_priced_and_explained(tmp_path: Path) -> None:
     value["students"][0]["traits"] = ["animals/cat"]
     study = Study.model_validate(value)
     cells = plan(study, BASE)
-    teacher, dataset, student = cells[:3]
+    teacher, dataset = cells[:2]
     schedule = Schedule(cells, [])
     first = schedule.take(None, lambda cell: "open")
     assert first == teacher and schedule.take("probe", lambda cell: "open").label == "base none"  # type: ignore[union-attr]
