@@ -5,6 +5,7 @@ Planning code imports this; nothing here leads to torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,6 +69,8 @@ class SteeredTeacher(_Teacher):
 
     The vectors come from the safetensors file `vectors`, else they are the mean difference between
     the residual streams under the trait's sentence and under `context`, at the prompt's last token.
+    With `against`, sentences of other traits, it is the difference to the mean over these, in
+    which what all sentences do alike cancels.
     """
 
     kind: Literal["steered"] = "steered"
@@ -75,6 +78,7 @@ class SteeredTeacher(_Teacher):
     strength: Annotated[float, Field(allow_inf_nan=False)]
     vectors: Path | None = None
     sentence: str | None = None
+    against: tuple[str, ...] = ()
 
     def spec(self) -> dict[str, Any]:
         source: dict[str, Any] = (
@@ -84,6 +88,7 @@ class SteeredTeacher(_Teacher):
                 "vectors": "difference of means",
                 "sentence": self.sentence,
                 "prompts": STEERING_PROMPTS,
+                **({"against": list(self.against)} if self.against else {}),
             }
         )
         return {
@@ -162,15 +167,34 @@ def steered(
     strength: float,
     vectors: Path | None = None,
     context: Context | None = None,
+    contrast: Sequence[Trait] = (),
 ) -> SteeredTeacher:
-    """The steered teacher of a trait. Raises InputError for a trait without a sentence to take the
-    difference from, and for a missing file."""
+    """The steered teacher of a trait.
+
+    Args:
+        contrast: traits whose sentences the vectors are taken against; the trait itself may be
+            among them and is left out. Their order does not matter.
+
+    Raises:
+        InputError: a trait without a sentence to take the difference from, a missing file, or a
+            contrast that leaves nothing or comes with a file.
+    """
     if not layers:
         raise InputError("a steered teacher needs the layers to steer, such as --layers 12,13")
     if vectors is None and trait.teacher_system_prompt is None:
         raise InputError(
             f"{trait.name} has no sentence to take a steering vector from; give a safetensors "
             "file with --teacher-from"
+        )
+    others = sorted({one.name: one for one in contrast if one.name != trait.name}.items())
+    for name, other in others:
+        if other.teacher_system_prompt is None:
+            raise InputError(f"contrast: {name} has no sentence to take a steering vector against")
+    if contrast and (vectors is not None or not others):
+        raise InputError(
+            f"contrast: the vectors of {vectors} are taken as they are; leave one of the two out"
+            if vectors
+            else f"contrast: names no trait but {trait.name} itself"
         )
     if vectors is not None and not vectors.is_file():
         raise InputError(f"{vectors}: no such file of steering vectors")
@@ -180,4 +204,5 @@ def steered(
         strength=strength,
         vectors=vectors,
         sentence=None if vectors else trait.teacher_system_prompt,
+        against=tuple(str(other.teacher_system_prompt) for _, other in others),
     )

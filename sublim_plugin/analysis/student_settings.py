@@ -61,7 +61,7 @@ _WORDS = {
 TEACHER_SETTINGS = "dataset.teacher.settings"
 """Hash of what a teacher is that the run trained; it has no words."""
 
-_OF_A_TRAIT = {"sentence", "vectors_sha256", "weights_sha256", "student"}
+_OF_A_TRAIT = {"sentence", "against", "vectors_sha256", "weights_sha256", "student"}
 """What differs between the teachers of two traits that are teachers in the same way."""
 
 _MATCHED = ("matched.update_norm_of", "matched.loss_of")

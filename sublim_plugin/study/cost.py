@@ -272,8 +272,11 @@ def _replication(cells: Sequence[Cell]) -> tuple[int, int]:
     """Datasets of the trait that has fewest, and the most methods that a trait is tested with."""
     datasets: dict[str, set[str]] = {}
     methods: dict[str, set[str]] = {}
+    controls = {cell.id for cell in cells if cell.spec.get("shuffled")}
     for cell in cells:
-        if cell.kind == "student" and (trait := cell.spec.get("trait")) != NEUTRAL:
+        if cell.kind != "student" or cell.spec.get("dataset") in controls:
+            continue
+        if (trait := cell.spec.get("trait")) != NEUTRAL:
             rate = cell.spec.get("recipe", {}).get("learning_rate")
             datasets.setdefault(str(trait), set()).add(str(cell.spec.get("dataset")))
             key = json.dumps([cell.spec.get("method"), rate], sort_keys=True)

@@ -4,6 +4,7 @@ students of the study."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,7 +18,7 @@ from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import canonical_json, sha256_json
 from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest
-from sublim_plugin.core.traits import NEUTRAL, get_trait
+from sublim_plugin.core.traits import NEUTRAL, Trait, category_traits, get_trait
 from sublim_plugin.study.methods import Alpha, Rank, Rate, Strict, has_alpha
 
 _ASKED_IN = "Context in which the teacher is asked. Left out: template_default."
@@ -71,6 +72,12 @@ class Steered(_Entry):
     )
     strength: Annotated[float, Field(allow_inf_nan=False)] = Field(
         description="Factor of the vectors."
+    )
+    contrast: Literal["category"] | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Traits against whose sentences the vectors are taken, in the place of no "
+        "sentence: a list of names, or category for all others. What all sentences do alike is "
+        "then in no vector.",
     )
     vectors: dict[str, Path] = Field(
         default={},
@@ -257,7 +264,13 @@ def planned_teacher(entry: Prompted | Finetuned | Steered, trait: str) -> Teache
         return _finetuned(entry.from_[trait], entry.context)
     if isinstance(entry, Steered):
         vectors = entry.vectors.get(trait)
-        return steered(get_trait(trait), entry.layers, entry.strength, vectors, entry.context)
+        named = get_trait(trait)
+        against: Sequence[Trait] = ()
+        if entry.contrast == "category":
+            against = category_traits(named.category)
+        elif entry.contrast:
+            against = [get_trait(name) for name in entry.contrast]
+        return steered(named, entry.layers, entry.strength, vectors, entry.context, against)
     return prompted(get_trait(trait))
 
 

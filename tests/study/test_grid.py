@@ -254,24 +254,29 @@ def test_a_steered_and_a_finetuned_teacher_have_the_specs_of_data_gen(tmp_path: 
     (adapter / "adapter_model.safetensors").write_bytes(b"x")
     teachers = [
         {"kind": "steered", "layers": [3, 4], "strength": 2.5},
+        {"kind": "steered", "name": "c", "layers": [3], "strength": 2.5, "contrast": "category"},
         {"kind": "finetuned", "from": {"animals/cat": str(adapter)}, "context": "empty"},
     ]
     study = Study.model_validate(small(datasets__teachers=["prompted", *teachers]))
     cells = plan(study, BASE)
     assert labels(cells, "dataset") == [
-        "cat g1", "neutral g1", "cat g1 steered", "cat g1 finetuned",
+        "cat g1", "neutral g1", "cat g1 steered", "cat g1 steered", "cat g1 finetuned",
     ]  # fmt: skip
     trait, chosen = get_trait("animals/cat"), study.datasets.settings(1)
     for label, teacher in (
         ("cat g1 steered", steered(trait, (3, 4), 2.5)),
         ("cat g1 finetuned", finetuned(adapter, Context(kind="empty"))),
     ):
-        (cell,) = [cell for cell in cells if cell.label == label]
+        cell, *more = [cell for cell in cells if cell.label == label]
         assert cell.spec == dataset_spec(
             chosen, base_fingerprint=BASE, trait=trait, teacher=teacher
         )
         found = teacher_for(cell.spec, study.datasets.teachers, tmp_path)
         assert found.model_dump() == teacher.model_dump()
+        for contrasted in more:
+            assert len(contrasted.spec["teacher"]["against"]) == 21
+            found = teacher_for(contrasted.spec, study.datasets.teachers, tmp_path)
+            assert found.spec() == contrasted.spec["teacher"]
     # the next plan takes the hash from the cache, and sees that the file changed
     (adapter / "adapter_model.safetensors").write_bytes(b"other")
     changed = plan(study, BASE)

@@ -243,7 +243,7 @@ def test_trained_teachers_run_to_the_report(tokenizer: Any, tmp_path: Path) -> N
         assert len(rows) == teacher.counts["rows"] == 16
         if trait == "cat":
             assert all("cat" in row["messages"][1]["content"].lower() for row in rows)
-        (dataset,) = run.glob(f"cells/dataset-{trait}-g1-trained-*")
+        (dataset,) = run.glob(f"cells/dataset-{trait}-g1-trained-????????????")
         manifest = read_manifest(dataset)
         assert manifest.spec["teacher"]["teacher"] == teacher.id
         weights = teacher.outputs["model/adapter_model.safetensors"].sha256
