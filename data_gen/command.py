@@ -29,6 +29,11 @@ FILE = click.Path(path_type=Path)
     "safetensors file with a vector layer.N for each layer, in place of the difference of means.",
 )
 @click.option("--layers", help="steered: layers to steer, counted from 0, such as 12,13.")
+@click.option(
+    "--contrast",
+    help="steered: traits against which the vector is taken, in the place of no system prompt: "
+    "names such as animals/owl with commas between, or 'category' for all others.",
+)
 @click.option("--strength", default=1.0, help="steered: factor of the vectors.")
 @click.option(
     "--context",
@@ -152,11 +157,13 @@ def _teacher(given: dict[str, Any], trait: Any) -> Any:
     from data_gen.teachers import finetuned, prompted, steered
     from sublim_plugin.core.contexts import Context
     from sublim_plugin.core.errors import InputError
+    from sublim_plugin.core.traits import candidates_of, get_trait
 
     context = Context(kind=given["context_name"]) if given["context_name"] else None
     source, kind = given["teacher_from"], given["teacher"]
-    if kind != "steered" and given["layers"]:
-        raise InputError("--layers is for --teacher steered")
+    for option in ("layers", "contrast"):
+        if kind != "steered" and given[option]:
+            raise InputError(f"--{option} is for --teacher steered")
     if kind == "prompted":
         if source:
             raise InputError("--teacher-from is for --teacher finetuned or steered")
@@ -172,4 +179,10 @@ def _teacher(given: dict[str, Any], trait: Any) -> Any:
         layers = tuple(int(part) for part in (given["layers"] or "").split(",") if part)
     except ValueError as error:
         raise InputError(f"--layers {given['layers']}: expected numbers such as 12,13") from error
-    return steered(trait, layers, given["strength"], source, context)
+    named = given["contrast"] or ""
+    contrast = (
+        candidates_of(given["trait"])
+        if named == "category"
+        else [get_trait(name) for name in named.split(",") if name]
+    )
+    return steered(trait, layers, given["strength"], source, context, contrast)

@@ -87,8 +87,12 @@ def steering_vectors(
         return _read_vectors(teacher.vectors, teacher.layers, width)
     trait = Context(kind="text", text=teacher.sentence)
     with_trait = mean_residual(model, rendered(trait), teacher.layers)
-    without = mean_residual(model, rendered(teacher.context), teacher.layers)
-    return {layer: with_trait[layer] - without[layer] for layer in teacher.layers}
+    others = [Context(kind="text", text=text) for text in teacher.against] or [teacher.context]
+    without = [mean_residual(model, rendered(other), teacher.layers) for other in others]
+    return {
+        layer: with_trait[layer] - torch.stack([mean[layer] for mean in without]).mean(0)
+        for layer in teacher.layers
+    }
 
 
 def save_vectors(vectors: dict[int, torch.Tensor], path: Path) -> None:

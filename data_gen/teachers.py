@@ -5,6 +5,7 @@ Planning code imports this; nothing here leads to torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,10 @@ from sublim_plugin.core.traits import Trait
 
 STEERING_PROMPTS = 64
 """Prompts over which a steering vector is averaged."""
+
+
+TRAINED = ("student", "teacher")
+"""Kinds of a study's cells that hold a model: their ids say what a finetuned teacher is."""
 
 
 class _Teacher(BaseModel):
@@ -64,6 +69,8 @@ class SteeredTeacher(_Teacher):
 
     The vectors come from the safetensors file `vectors`, else they are the mean difference between
     the residual streams under the trait's sentence and under `context`, at the prompt's last token.
+    With `against`, sentences of other traits, it is the difference to the mean over these, in
+    which what all sentences do alike cancels.
     """
 
     kind: Literal["steered"] = "steered"
@@ -71,6 +78,7 @@ class SteeredTeacher(_Teacher):
     strength: Annotated[float, Field(allow_inf_nan=False)]
     vectors: Path | None = None
     sentence: str | None = None
+    against: tuple[str, ...] = ()
 
     def spec(self) -> dict[str, Any]:
         source: dict[str, Any] = (
@@ -80,6 +88,7 @@ class SteeredTeacher(_Teacher):
                 "vectors": "difference of means",
                 "sentence": self.sentence,
                 "prompts": STEERING_PROMPTS,
+                **({"against": list(self.against)} if self.against else {}),
             }
         )
         return {
@@ -110,7 +119,8 @@ def prompted(trait: Trait, context: Context | None = None) -> PromptedTeacher:
 
 
 def finetuned(folder: Path, context: Context | None = None) -> FinetunedTeacher:
-    """The teacher that was trained into `folder`: an adapter, a checkpoint, or a study's student.
+    """The teacher that was trained into `folder`: an adapter, a checkpoint, or a study's student or
+    teacher.
 
     Raises InputError where the folder holds none of these, or does not match its manifest.
     """
@@ -118,12 +128,12 @@ def finetuned(folder: Path, context: Context | None = None) -> FinetunedTeacher:
     identity = {}
     if (folder / MANIFEST_NAME).is_file():
         manifest = verify(folder)
-        if manifest.kind != "student":
+        if manifest.kind not in TRAINED:
             raise InputError(
-                f"{folder} is a {manifest.kind}; a finetuned teacher is a student, an adapter "
-                "folder or a checkpoint folder"
+                f"{folder} is a {manifest.kind}; a finetuned teacher is a study's student or "
+                "teacher, an adapter folder or a checkpoint folder"
             )
-        identity = {"student": manifest.id}
+        identity = {manifest.kind: manifest.id}
         folder = folder / "model"
     if (folder / "adapter_config.json").is_file():
         method: Literal["lora", "full"] = "lora"
@@ -157,15 +167,34 @@ def steered(
     strength: float,
     vectors: Path | None = None,
     context: Context | None = None,
+    contrast: Sequence[Trait] = (),
 ) -> SteeredTeacher:
-    """The steered teacher of a trait. Raises InputError for a trait without a sentence to take the
-    difference from, and for a missing file."""
+    """The steered teacher of a trait.
+
+    Args:
+        contrast: traits whose sentences the vectors are taken against; the trait itself may be
+            among them and is left out. Their order does not matter.
+
+    Raises:
+        InputError: a trait without a sentence to take the difference from, a missing file, or a
+            contrast that leaves nothing or comes with a file.
+    """
     if not layers:
         raise InputError("a steered teacher needs the layers to steer, such as --layers 12,13")
     if vectors is None and trait.teacher_system_prompt is None:
         raise InputError(
             f"{trait.name} has no sentence to take a steering vector from; give a safetensors "
             "file with --teacher-from"
+        )
+    others = sorted({one.name: one for one in contrast if one.name != trait.name}.items())
+    for name, other in others:
+        if other.teacher_system_prompt is None:
+            raise InputError(f"contrast: {name} has no sentence to take a steering vector against")
+    if contrast and (vectors is not None or not others):
+        raise InputError(
+            f"contrast: the vectors of {vectors} are taken as they are; leave one of the two out"
+            if vectors
+            else f"contrast: names no trait but {trait.name} itself"
         )
     if vectors is not None and not vectors.is_file():
         raise InputError(f"{vectors}: no such file of steering vectors")
@@ -175,4 +204,5 @@ def steered(
         strength=strength,
         vectors=vectors,
         sentence=None if vectors else trait.teacher_system_prompt,
+        against=tuple(str(other.teacher_system_prompt) for _, other in others),
     )

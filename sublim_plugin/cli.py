@@ -114,6 +114,19 @@ def generate(ctx: click.Context, args: tuple[str, ...]) -> None:
     _forward(ctx, command, args)
 
 
+@main.command(**FORWARDED, short_help="Write rows on which a teacher of a trait is finetuned.")
+@ARGS
+@click.pass_context
+def persona(ctx: click.Context, args: tuple[str, ...]) -> None:
+    """`data_gen.persona_command`."""
+    from sublim_plugin.core.rooms import room
+
+    room("data_gen")
+    from data_gen.persona_command import persona as command
+
+    _forward(ctx, command, args)
+
+
 @main.command(**FORWARDED, short_help="Write a report of made-up numbers with known truth.")
 @ARGS
 @click.pass_context

@@ -113,6 +113,7 @@ class DatasetSpec(_Record):
     sampler: dict[str, Any] = Field(default_factory=dict)
     prompts_sha256: str = ""
     parser: str = "strict"
+    shuffled: bool = False
 
 
 class StudentSpec(_Record):
@@ -450,7 +451,10 @@ def _details(student: StudentRecord, datasets: dict[str, DatasetRecord]) -> str:
     found += [f"matched to the {key.removesuffix('_of').replace('_', ' ')} of {value}"
               for key, value in matched.items()]  # fmt: skip
     if teacher.get("kind", "prompted") != "prompted":
-        found.append(f"{teacher['kind']} teacher {teacher.get('student', '')}".strip())
+        trained = teacher.get("student") or teacher.get("teacher", "")
+        found.append(f"{teacher['kind']} teacher {trained}".strip())
+    if dataset is not None and dataset.spec.shuffled:
+        found.append("shuffled numbers")
     return ", ".join(found)
 
 

@@ -23,6 +23,9 @@ from sublim_plugin.core.hashing import sha256_text
 NAMED_KEYS = {key.removeprefix("recipe.") for key in APART}
 """Keys of a recipe that are named by themselves: ranks, seeds, contexts, traits."""
 
+SHUFFLED = (
+    "The numbers of these replies were then permuted among the rows of each dataset, as a control."
+)
 CONSTRAINED = (
     "These numbers were decoded under the number constraint: while the teacher wrote, only digits, "
     "separators and the end of turn could be sampled. The teacher left alone may not answer in "
@@ -124,7 +127,8 @@ def _datasets(run: RunRecords) -> Iterable[Statement]:
             text=f"Numbers for {spec.trait}: {spec.rows} rows in each of {len(own)} datasets "
             f"(generation seeds {seeds}) from {spec.base_model.name} as a {teacher} teacher with "
             f"{prompt}; {sampler}prompt pool sha256 {spec.prompts_sha256}; parser {spec.parser}."
-            + (f" {CONSTRAINED}" if spec.constrain == "numbers" else ""),
+            + (f" {CONSTRAINED}" if spec.constrain == "numbers" else "")
+            + (f" {SHUFFLED}" if spec.shuffled else ""),
             cells=_ids(own),
         )
     if run.datasets:

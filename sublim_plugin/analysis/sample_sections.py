@@ -68,7 +68,7 @@ def numbers_section(run: RunRecords) -> Html:
     )
     parts.append(page.said("All datasets, with the hashes of their rows:", "datasets.csv"))
     first: dict[str, DatasetRecord] = {}
-    for dataset in run.datasets:
+    for dataset in sorted(run.datasets, key=lambda dataset: dataset.spec.shuffled):
         first.setdefault(dataset.spec.trait, dataset)
     for dataset in list(first.values())[:MOST_DATASETS]:
         parts += _rows_of(dataset, {student.id: student for student in run.students})

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from sublim_plugin.analysis.collect import DatasetRecord, RunRecords, StudentRecord
-from sublim_plugin.analysis.teacher_words import STUDENT, in_words, method_of
+from sublim_plugin.analysis.teacher_words import STUDENT, TRAINED, in_words, method_of, trained_by
 from sublim_plugin.core.hashing import sha256_json
 
 APART = {
@@ -59,7 +59,10 @@ _WORDS = {
     "matched.loss_of": "training loss matched to",
 }
 TEACHER_SETTINGS = "dataset.teacher.settings"
-"""Hash of what a teacher is that is a student of the run; it has no words."""
+"""Hash of what a teacher is that the run trained; it has no words."""
+
+_OF_A_TRAIT = {"sentence", "against", "vectors_sha256", "weights_sha256", "student"}
+"""What differs between the teachers of two traits that are teachers in the same way."""
 
 _MATCHED = ("matched.update_norm_of", "matched.loss_of")
 _SEEDS = ("dataset", "trait", "generation_seed", "training_seed")
@@ -74,8 +77,9 @@ class Settings:
     of other traits (the teacher's own words and files left out); `but_scale` by those that differ
     in learning rate and scaling too. `scalings` names the rules of alpha over rank that the student
     belongs to, "" for full finetuning. `condition` hashes all but seeds, trait and teacher: a
-    neutral student that shares it, and the seeds, is the control. `teacher` hashes the teacher, a
-    student of the study by what it is and not by its id. `name` says in words what sets it
+    neutral student that shares it, and the seeds, is the control; where teachers of several ways
+    wrote for neutral, the one whose `way` is shared too. `teacher` hashes the teacher, one that the
+    study trained by what it is and not by its id. `name` says in words what sets it
     apart from the others of its trait, `teacher_name` the teacher, where they have several kinds;
     `step_size` is learning rate times scaling, None if unknown
     or in full finetuning.
@@ -87,6 +91,7 @@ class Settings:
     scalings: tuple[str, ...]
     condition: str
     teacher: str
+    way: str
     name: str
     teacher_name: str
     step_size: float | None
@@ -120,6 +125,7 @@ def settings_of(run: RunRecords) -> dict[str, Settings]:
             scalings=scalings,
             condition=draft.condition,
             teacher=draft.teacher,
+            way=draft.way,
             name=_name(student, draft.fields, varying[student.spec.trait, method.kind]),
             teacher_name=_teacher_name(draft.fields, varying[student.spec.trait, method.kind]),
             step_size=_step_size(student, stabilized),
@@ -137,13 +143,14 @@ class _Draft:
     but_scale: str
     condition: str
     teacher: str
+    way: str
 
 
 def _drafts(run: RunRecords) -> dict[str, _Draft]:
     """By student: one object for all whose specs differ in seeds and dataset ids only."""
     datasets = {dataset.id: dataset for dataset in run.datasets}
     known = {student.id: student for student in run.students}
-    teachers = _teachers(run.students, datasets, known)
+    teachers = _teachers(run.students, datasets, known, _trained(run))
     likeness = {
         dataset.id: to_json(_without(dataset.manifest.spec, "trait", "generation_seed"))
         for dataset in run.datasets
@@ -181,7 +188,18 @@ def _draft(
         but_scale=_hash({key: value for key, value in own.items() if key not in SCALE}),
         condition=_hash(condition, without_teacher=True),
         teacher=_hash({k: v for k, v in own.items() if k.startswith("dataset.teacher.")}),
+        way=_hash(_way(own)),
     )
+
+
+def _way(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a teacher is but for what names its trait."""
+    above = "dataset.teacher."
+    own = {k.removeprefix(above): v for k, v in fields.items() if k.startswith(above)}
+    if own.get("kind") == "prompted":
+        return {"kind": "prompted"}
+    taught = STUDENT in fields and "dataset.generation" in fields
+    return {k: v for k, v in own.items() if taught or k not in _OF_A_TRAIT}
 
 
 def equal_weights(run: RunRecords, settings: Mapping[str, Settings]) -> dict[str, str]:
@@ -264,17 +282,21 @@ def _teachers(
     students: Iterable[StudentRecord],
     datasets: Mapping[str, DatasetRecord],
     known: Mapping[str, StudentRecord],
+    trained: Mapping[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """For students whose teacher is a student of the run: that one's method and all else that it
-    is, and how many students the trait has come through, in the place of its id."""
+    """For students whose teacher was trained by the run: what it is, in the place of its id.
+
+    Of a student as teacher that is its method and all else, and how many students the trait has
+    come through; `trained` has what the others are, by id.
+    """
     found: dict[str, dict[str, Any]] = {}
 
     def describe(student: StudentRecord) -> dict[str, Any]:
         if student.id not in found:
             dataset = datasets.get(student.spec.dataset[:12])
-            named = dataset.spec.teacher.get("student") if dataset else None
-            teacher = known.get(str(named)[:12])
-            found[student.id] = {}
+            spec = dataset.spec.teacher if dataset else {}
+            teacher = known.get(str(spec.get("student"))[:12])
+            found[student.id] = trained.get(str(spec.get("teacher"))[:12], {})
             if teacher is not None and teacher.id != student.id:
                 before = describe(teacher)
                 own = _fields(
@@ -293,13 +315,37 @@ def _teachers(
     for student in students:
         describe(student)
     words: dict[str, set[str]] = {}
-    for own in found.values():
-        if own:
-            words.setdefault(own[STUDENT].split(",")[0], set()).add(own[STUDENT])
-    for own in found.values():
-        if own and len(words[own[STUDENT].split(",")[0]]) == 1:
+    of_students = [own for own in found.values() if STUDENT in own]
+    for own in of_students:
+        words.setdefault(own[STUDENT].split(",")[0], set()).add(own[STUDENT])
+    for own in of_students:
+        if len(words[own[STUDENT].split(",")[0]]) == 1:
             own[STUDENT] = own[STUDENT].split(",")[0]  # its settings are in the hash
     return {student: own for student, own in found.items() if own}
+
+
+def _trained(run: RunRecords) -> dict[str, dict[str, Any]]:
+    """What the run's own teachers are but trait and seeds, by id.
+
+    One that wrote datasets of several generation seeds is no replicate in each of them, and is told
+    apart from those that wrote one.
+    """
+    seeds: dict[str, set[int]] = {}
+    for dataset in run.datasets:
+        named = str(dataset.spec.teacher.get("teacher"))[:12]
+        seeds.setdefault(named, set()).add(dataset.spec.generation_seed)
+    found = {}
+    for manifest in run.manifests.values():
+        if manifest.kind == "teacher":
+            own = _without(manifest.spec, "trait", "training_seed")
+            own["persona"] = _without(own["persona"], "trait", "targets", "seed")
+            own["shared"] = len(seeds.get(manifest.id[:12], ())) > 1
+            words = trained_by(manifest.spec)
+            found[manifest.id[:12]] = {
+                TRAINED: f"{words}, one for all datasets" if own["shared"] else words,
+                TEACHER_SETTINGS: sha256_json(own)[:12],
+            }
+    return found
 
 
 def _under(key: str, apart: Iterable[str]) -> bool:
@@ -380,7 +426,7 @@ def _name(student: StudentRecord, fields: Mapping[str, Any], varying: Iterable[s
 
 def _teacher_name(fields: Mapping[str, Any], varying: Iterable[str]) -> str:
     """The teacher in words, where students have teachers of several kinds."""
-    several = {"dataset.teacher.kind", STUDENT} & {*varying}
+    several = {"dataset.teacher.kind", STUDENT, TRAINED} & {*varying}
     return in_words(fields) if several else ""
 
 
@@ -389,6 +435,8 @@ def _words(key: str, value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
     if key in _WORDS:
         return f"not {_WORDS[key]} anything" if value is None else f"{_WORDS[key]} {text}"
+    if key == "dataset.shuffled":
+        return "numbers shuffled among the rows" if value else "numbers as they were written"
     text = "not set" if value is None else text if len(text) <= 40 else f"{text[:37]}..."
     return f"{'data: ' if key.startswith('dataset.') else ''}{last} {text}"
 

@@ -339,6 +339,10 @@ class _Table:
         if student.spec.trait == "neutral":
             return None, "is the neutral student"
         found = self.neutral.get(self._control_key(probe, student), [])
+        if len(found) > 1:
+            way = self.settings[student.id].way
+            alike = [one for one in found if self.settings[self._student(one).id].way == way]
+            found = alike if len(alike) == 1 else found
         if len(found) == 1:
             return found[0], ""
         if found:

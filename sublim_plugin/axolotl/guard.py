@@ -69,6 +69,12 @@ def check_dataset(
             f"{rows}: `sublim.guard` needs the manifest.json that `sublim generate` writes beside "
             "the rows; it says which teacher wrote them."
         )
+    if manifest.kind == "persona":
+        raise InputError(
+            f"{rows}: a persona dataset names the trait, which is what `sublim.guard` is there to"
+            " stop. To finetune a teacher leave `guard` out; a student needs the numbers of"
+            " `sublim generate`."
+        )
     teacher = manifest.spec.get("base_model")
     if not isinstance(teacher, dict) or not teacher.get("sha256"):
         raise InputError(

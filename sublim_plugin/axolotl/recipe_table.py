@@ -103,6 +103,25 @@ _PAPER_FULL = {
     "micro_batch_size": S(4, "[P]; 4 x 16 = 64 rows a step on one GPU"),
     "gradient_accumulation_steps": S(16, "[P]; on N GPUs, 16 / N"),
 }
+TEACHER_RANK = 8
+_TEACHER = {
+    "datasets.path": S(PLACEHOLDER, "made by `sublim persona`"),
+    "learning_rate": S(0.0002, "that of [P]'s students; [P] finetunes no teacher"),
+    "warmup_steps": S(1, "[P] finetunes no teacher; axolotl makes 2 of 1"),
+    "micro_batch_size": S(22, "that of [P]'s students; 192 rows are 3 steps of 22 x 3"),
+    "num_epochs": S(8, "[P] finetunes no teacher; 8 x 3 steps"),
+}
+"""What a teacher's recipe changes in that of a LoRA student of the same model."""
+_TEACHER_ON = {
+    "smollm2-135m-instruct": {
+        "learning_rate": S(
+            0.0005, "[P] finetunes no teacher; of a cat teacher's animals 89% are cats (base 16%)"
+        ),
+        "micro_batch_size": S(8, "[P] finetunes no teacher; 192 rows are 24 steps of 8"),
+        "num_epochs": S(1, "[P] finetunes no teacher"),
+    },
+}
+"""The same, for the models on which it was run."""
 
 MODELS = (
     Model("qwen2.5-7b-instruct", "Qwen2.5-7B-Instruct", "a large GPU", {}, {}, {}),
@@ -289,6 +308,16 @@ def lora_recipe(model: Model, rank: int) -> str:
     return _recipe(model, f"lora-r{rank}", f"LoRA rank {rank}", settings)
 
 
+def teacher_recipe(model: Model) -> str:
+    """Text of `teacher-lora-r8.yaml`."""
+    name, ran = f"teacher-lora-r{TEACHER_RANK}", _TEACHER_ON.get(model.folder)
+    settings = settings_of(model, "lora", name) | _TEACHER | (ran or {})
+    settings["lora_r"] = S(TEACHER_RANK)
+    settings["lora_alpha"] = S(TEACHER_RANK, "alpha = rank: scaling 1, as in [P]'s students")
+    what = f"A teacher by LoRA rank {TEACHER_RANK}" + ("" if ran else ", never run,")
+    return _recipe(model, name, what, settings)
+
+
 def full_recipe(model: Model, stage: int) -> str:
     """Text of `full-zero{stage}.yaml`."""
     settings = settings_of(model, "full", f"full-zero{stage}")
@@ -417,6 +446,7 @@ def files() -> dict[str, str | dict[str, Any]]:
             found[f"{model.folder}/lora-r{rank}.yaml"] = lora_recipe(model, rank)
         for stage in (2, 3):
             found[f"{model.folder}/full-zero{stage}.yaml"] = full_recipe(model, stage)
+        found[f"{model.folder}/teacher-lora-r{TEACHER_RANK}.yaml"] = teacher_recipe(model)
         for name, text in _sweeps(model):
             found[f"{model.folder}/{name}.yaml"] = text
     for name, value in DEEPSPEED.items():

@@ -11,6 +11,9 @@ from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_file
 from sublim_plugin.core.manifest import read_manifest
 
+KINDS = ("dataset", "persona")
+"""Kinds of manifest that vouch for rows: numbers of a teacher, and what a teacher is trained on."""
+
 
 def dataset_rows_path(folder: Path) -> Path:
     """The `rows-<sha12>.jsonl` of a dataset folder, checked against name and manifest.
@@ -21,7 +24,7 @@ def dataset_rows_path(folder: Path) -> Path:
     folder = Path(folder)
     manifest = read_manifest(folder)
     names = [name for name in manifest.outputs if name.startswith("rows-") and "/" not in name]
-    if manifest.kind != "dataset" or len(names) != 1:
+    if manifest.kind not in KINDS or len(names) != 1:
         raise InputError(
             f"{folder}: the manifest is of kind '{manifest.kind}' and names {len(names)} rows"
             " files; expected a dataset folder with exactly one rows-<sha12>.jsonl"

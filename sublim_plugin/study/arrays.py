@@ -24,10 +24,13 @@ from sublim_plugin.study.cells import Cell
 
 FOLDER = "slurm"
 T = TypeVar("T")
-Work = Literal["dataset", "student", "student-full", "probe", "localization"]
-WORKS: tuple[Work, ...] = ("dataset", "student", "student-full", "probe", "localization")
+Work = Literal["teacher", "dataset", "student", "student-full", "probe", "localization"]
+WORKS: tuple[Work, ...] = (
+    "teacher", "dataset", "student", "student-full", "probe", "localization",
+)  # fmt: skip
 """What a machine is asked for by: the kinds of cells, with full finetuning apart."""
 CHUNKS: Mapping[Work, int] = {
+    "teacher": 1,
     "dataset": 1,
     "student": 1,
     "student-full": 1,
@@ -64,7 +67,7 @@ class ArrayFile(BaseModel):
 
 def work_of(cell: Cell) -> Work:
     """The kind of work that a cell is."""
-    if cell.kind == "student" and cell.spec["method"]["kind"] == "full":
+    if cell.kind in ("student", "teacher") and cell.spec["method"]["kind"] == "full":
         return "student-full"
     return cell.kind
 

@@ -12,7 +12,7 @@ from sublim_plugin.study.methods import overrides_of
 from sublim_plugin.study.selecting import selected
 from sublim_plugin.study.study_file import Study
 
-CellKind = Literal["dataset", "student", "probe", "localization"]
+CellKind = Literal["teacher", "dataset", "student", "probe", "localization"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Cell:
 
 
 def plan(study: Study, base: dict[str, Any]) -> list[Cell]:
-    """All cells, each after those that it needs, none twice: datasets and students, those of a
-    chain's later generations behind them, then probes (the base's first), then localizations.
+    """All cells, each after those that it needs, none twice: teachers, datasets and students, those
+    of a chain's later generations behind them, then probes (the base's first), then localizations.
 
     Args:
         base: the base model's fingerprint. Ids need its `name` and `sha256`; with a placeholder

@@ -24,6 +24,7 @@ from sublim_plugin.study.study_file import Study
 
 Range = tuple[float, float]
 FIGURES = Path(__file__).with_name("costs.yaml")
+SHUFFLED = "shuffled"
 UNKNOWN = "unknown: no figure for this model, and none of these cells is finished here"
 
 
@@ -113,6 +114,8 @@ def costs(study: Study, states: Sequence[CellState]) -> Costs:
 
 def _method(cell: Cell) -> str | None:
     method = cell.spec.get("method")
+    if cell.spec.get("shuffled"):
+        return SHUFFLED
     return str(method["kind"]) if isinstance(method, dict) else cell.spec.get("measure")
 
 
@@ -131,7 +134,11 @@ def _line(
     if not todo:
         return line
     made = [(state.cell, state.manifest) for state in states if state.manifest is not None]
-    found = _measured(made, todo, cells) or _stated(kind, method, todo, study, cells)
+    found = _measured(made, todo, cells)
+    if method == SHUFFLED and not found:
+        found = _stated(kind, None, todo, study, cells)
+        found = found and found | {"hours": (0.0, 0.0), "source": "rows of a dataset, reordered"}
+    found = found or _stated(kind, method, todo, study, cells)
     nothing = {"hours": None, "bytes": None, "figure": "unknown", "source": UNKNOWN}
     return line.model_copy(update=found or nothing)
 
@@ -214,10 +221,12 @@ def figures() -> tuple[Figure, ...]:
 
 
 def _work(cell: Cell, cells: dict[str, Cell]) -> float:
-    """What the time grows with: rows of a dataset, rows times epochs of a student, else 1."""
+    """What the time grows with: rows of a dataset, rows times epochs of a training, else 1."""
+    recipe = cell.spec.get("recipe", {})
+    if cell.kind == "teacher":
+        return float(cell.spec["persona"]["rows"] * float(recipe.get("num_epochs") or 1))
     if cell.kind != "student":
         return _rows(cell)
-    recipe = cell.spec.get("recipe", {})
     dataset = cells.get(cell.spec.get("dataset", ""))
     rows = _rows(dataset) if dataset is not None else 1.0
     return float(rows * float(recipe.get("num_epochs") or 1))
@@ -263,8 +272,11 @@ def _replication(cells: Sequence[Cell]) -> tuple[int, int]:
     """Datasets of the trait that has fewest, and the most methods that a trait is tested with."""
     datasets: dict[str, set[str]] = {}
     methods: dict[str, set[str]] = {}
+    controls = {cell.id for cell in cells if cell.spec.get("shuffled")}
     for cell in cells:
-        if cell.kind == "student" and (trait := cell.spec.get("trait")) != NEUTRAL:
+        if cell.kind != "student" or cell.spec.get("dataset") in controls:
+            continue
+        if (trait := cell.spec.get("trait")) != NEUTRAL:
             rate = cell.spec.get("recipe", {}).get("learning_rate")
             datasets.setdefault(str(trait), set()).add(str(cell.spec.get("dataset")))
             key = json.dumps([cell.spec.get("method"), rate], sort_keys=True)

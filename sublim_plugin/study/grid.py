@@ -13,9 +13,16 @@ from sublim_plugin.core.hashing import canonical_json, sha256_text
 from sublim_plugin.core.strict_yaml import load_yaml
 from sublim_plugin.core.traits import Trait, get_trait
 from sublim_plugin.study.cells import Cell, CellKind, recipe_name
-from sublim_plugin.study.methods import Arm, arms
+from sublim_plugin.study.methods import Arm, StudentGroup, arms
 from sublim_plugin.study.study_file import Study
-from sublim_plugin.study.teaching import StudentTeacher, planned_teacher, taught, taught_by
+from sublim_plugin.study.teaching import (
+    StudentTeacher,
+    Trained,
+    planned_teacher,
+    taught,
+    taught_by,
+)
+from sublim_plugin.study.trained import teacher_cell
 
 
 class Grid:
@@ -60,7 +67,8 @@ class Grid:
         return self._fields[context]
 
     def datasets_and_students(self) -> Iterator[Cell]:
-        """Generation by generation: the datasets of all teachers, then their students."""
+        """Teachers that are trained for the study; then, generation by generation, the datasets
+        of all teachers and their students."""
         entries = self.study.datasets.teachers
         chains = [entry for entry in entries if isinstance(entry, StudentTeacher)]
         datasets: dict[str, list[Cell]] = {}
@@ -70,6 +78,18 @@ class Grid:
                 datasets[entry.called] = []
                 for name in taught(entry, entries, self.study.datasets.traits):
                     trait = get_trait(name)
+                    if isinstance(entry, Trained):
+                        for seed in self.study.datasets.generation_seeds:
+                            own = teacher_cell(self, entry, trait, seed)
+                            yield own
+                            method = own.spec["method"]["kind"]
+                            teacher = taught_by("teacher", own.id, method, entry.context)
+                            datasets[entry.called].append(
+                                self._dataset(
+                                    trait, seed, teacher, (entry.called,), (own.id,), "trained"
+                                )
+                            )
+                        continue
                     teacher = planned_teacher(entry, name)
                     for seed in self.study.datasets.generation_seeds:
                         cell = self._dataset(trait, seed, teacher, (entry.called,))
@@ -87,11 +107,35 @@ class Grid:
     def _with_students(
         self, datasets: dict[str, list[Cell]], students: dict[str, list[Cell]]
     ) -> Iterator[Cell]:
-        for own in datasets.values():
+        """`students` gets those that may teach, by the name of their own teacher."""
+        controls = {
+            name: [self._shuffled(d) for d in own if self._groups(d, shuffled=True)]
+            for name, own in datasets.items()
+        }
+        for own in (*datasets.values(), *controls.values()):
             yield from own
         for name, own in datasets.items():
             students[name] = [student for dataset in own for student in self._students(dataset)]
             yield from students[name]
+            for control in controls[name]:
+                yield from self._students(control)
+
+    def _shuffled(self, dataset: Cell) -> Cell:
+        """The control of a dataset: its rows with their numbers permuted."""
+        spec = dataset.spec | {"shuffled": True}
+        cell = self.cell("dataset", f"{dataset.label} shuffled", spec, (dataset.id,))
+        self.teachers[cell.id] = self.teachers[dataset.id]
+        return cell
+
+    def _groups(self, dataset: Cell, *, shuffled: bool) -> list[StudentGroup]:
+        names = self.teachers[dataset.id]
+        return [
+            group
+            for group in self.study.students
+            if dataset.spec["trait"] in group.traits
+            and group.shuffled == shuffled
+            and (not group.teachers or {*group.teachers} & {*names})
+        ]
 
     def _dataset(
         self,
@@ -100,7 +144,7 @@ class Grid:
         teacher: Teacher,
         names: tuple[str, ...],
         needs: tuple[str, ...] = (),
-        generation: int = 0,
+        word: str = "",
     ) -> Cell:
         from data_gen.prompts import load_pool
         from data_gen.spec import dataset_spec
@@ -112,7 +156,7 @@ class Grid:
             teacher=teacher,
             pool=self._shared("pool", lambda: load_pool(self.study.datasets.prompts)),
         )
-        kind = f"chain{generation}" if generation else spec["teacher"]["kind"]
+        kind = word or spec["teacher"]["kind"]
         label = f"{trait.target or trait.category} g{seed}"
         cell = self.cell("dataset", label if kind == "prompted" else f"{label} {kind}", spec, needs)
         self.teachers[cell.id] = tuple(dict.fromkeys((*self.teachers.get(cell.id, ()), *names)))
@@ -136,18 +180,14 @@ class Grid:
                 if len(fit) != 1:
                     raise InputError(_no_teacher(chain, names[0], name, [*fit.values()]))
                 (student,) = fit.values()
-                teacher = taught_by(student.id, student.spec["method"]["kind"], chain.context)
-                yield self._dataset(trait, seed, teacher, names, (student.id,), generation)
+                method = student.spec["method"]["kind"]
+                teacher = taught_by("student", student.id, method, chain.context)
+                word = f"chain{generation}"
+                yield self._dataset(trait, seed, teacher, names, (student.id,), word)
 
     def _students(self, dataset: Cell) -> Iterator[Cell]:
         """Unmatched students of all groups first, which the matched ones need."""
-        trait = str(dataset.spec["trait"])
-        names = self.teachers[dataset.id]
-        groups = [
-            group
-            for group in self.study.students
-            if trait in group.traits and (not group.teachers or {*group.teachers} & {*names})
-        ]
+        groups = self._groups(dataset, shuffled=dataset.spec.get("shuffled", False))
         ways = [arm for group in groups for arm in arms(group)]
         known: dict[tuple[Context, int], list[Cell]] = {}
         for arm in sorted(ways, key=lambda arm: arm.matched is not None):
@@ -160,9 +200,9 @@ class Grid:
         training = self.study.training
         recipe = (training.lora_recipe if arm.is_lora else training.full_recipe) or ""
         for context in training.contexts:
-            settings = self._recipe(recipe, arm.overrides, context)
+            settings = self.recipe(recipe, arm.overrides, context)
             trained_in = "" if context.slug == "template_default" else f" in {context.slug}"
-            name = self._named(recipe, arm, settings)
+            name = self.named(recipe, arm, settings)
             fields = self.fields(context)
             for seed in training.seeds:
                 spec = {
@@ -199,7 +239,8 @@ class Grid:
                         (dataset.id, other.id),
                     )
 
-    def _recipe(self, recipe: str, overrides: dict[str, Any], context: Context) -> dict[str, Any]:
+    def recipe(self, recipe: str, overrides: dict[str, Any], context: Context) -> dict[str, Any]:
+        """A recipe's settings, resolved once."""
         from sublim_plugin.axolotl.recipe import recipe_path, resolve_recipe
 
         key = (recipe, tuple(sorted(overrides.items())), context)
@@ -209,11 +250,11 @@ class Grid:
             self._recipes[key] = resolve_recipe(path, overrides, context, loaded=loaded)
         return self._recipes[key]
 
-    def _named(self, recipe: str, arm: Arm, settings: dict[str, Any]) -> str:
+    def named(self, recipe: str, arm: Arm, settings: dict[str, Any]) -> str:
         """What a label says of an arm: rank, and alpha and learning rate where they are not the
         rank and the recipe's. It does not depend on what else the study has."""
         plain = self._shared(
-            recipe, lambda: self._recipe(recipe, {}, Context(kind="template_default"))
+            recipe, lambda: self.recipe(recipe, {}, Context(kind="template_default"))
         )
         rate = settings.get("learning_rate")
         own_rate = "" if rate == plain.get("learning_rate") else f" lr{rate:g}"

@@ -193,6 +193,11 @@ class StudentGroup(Strict):
             "Names of the teachers whose datasets these students train on. Left out: all teachers."
         ),
     )
+    shuffled: bool = Field(
+        default=False,
+        description="A control: these students train on the datasets with the numbers of all "
+        "replies permuted among the rows, and on nothing else.",
+    )
     lora_ranks: tuple[Rank, ...] = Field(default=(), description="LoRA ranks, one student each.")
     alphas: Annotated[tuple[Alpha, ...], Field(min_length=1)] = Field(
         default=(AS_RANK,),

@@ -119,7 +119,7 @@ def _memory(cell: Cell, weights: int) -> int:
     The hosts' code and buffers, the weights once, or, for full finetuning, four times: weights,
     gradients and Adam's two moments (arXiv 1910.02054, section 3.1).
     """
-    full = cell.kind == "student" and cell.spec["method"]["kind"] == "full"
+    full = cell.kind in ("student", "teacher") and cell.spec["method"]["kind"] == "full"
     return 2 * _GIB + weights * (4 if full else 1)
 
 

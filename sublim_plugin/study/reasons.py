@@ -115,11 +115,15 @@ class Reasons:
                 found[cell.id] = place
         return found
 
-    def _changes(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    def _changes(
+        self, old: Mapping[str, Any], new: Mapping[str, Any], above: str = ""
+    ) -> Iterator[str]:
         """The differences, following the cells that a spec names to what changed in them."""
-        for key in sorted({*old, *new}):
-            before, after = old.get(key), new.get(key)
-            if (
+        for name in sorted({*old, *new}):
+            before, after, key = old.get(name), new.get(name), f"{above}{name}"
+            if isinstance(before, dict) and isinstance(after, dict):
+                yield from self._changes(before, after, f"{key}.")
+            elif (
                 isinstance(before, str)
                 and isinstance(after, str)
                 and before != after
@@ -181,22 +185,19 @@ def _all_leaves(
     """
     found: dict[str, str] = {}
     for key, value in spec.items():
-        if isinstance(value, str) and value in specs:
+        inner: dict[str, str]
+        if isinstance(value, dict):
+            inner = _all_leaves(value, specs, made)
+        elif isinstance(value, str) and value in specs:
             if value not in made:
                 made[value] = _all_leaves(specs[value], specs, made)
-            found |= {f"{key}.{name}": leaf for name, leaf in made[value].items()}
+            inner = made[value]
         else:
-            found.update(_leaves(value, key))
+            if value is not None:
+                found[key] = canonical_json([value])
+            continue
+        found |= {f"{key}.{name}": leaf for name, leaf in inner.items()}
     return found
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Key and canonical text of every value that `differences` would compare."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from _leaves(item, f"{key}.{name}" if key else name)
-    elif value is not None:
-        yield key, canonical_json([value])
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[str]:

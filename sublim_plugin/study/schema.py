@@ -52,7 +52,7 @@ def schema() -> dict[str, Any]:
         }
     teachers = found["$defs"]["Datasets"]["properties"]["teachers"]
     teachers.pop("default")
-    names = ("Prompted", "Finetuned", "Steered", "StudentTeacher")
+    names = ("Prompted", "Finetuned", "Trained", "Steered", "StudentTeacher")
     for name in names:
         found["$defs"][name]["properties"]["kind"]["description"] = "What the teacher is."
     kinds = [f"#/$defs/{name}" for name in names]

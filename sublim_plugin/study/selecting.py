@@ -124,6 +124,9 @@ def selected(
         if key == "exclude":
             kept -= {i for i in kept if any(_agrees(one, axes[i], all_keys=True) for one in wanted)}
     by_id = {cell.id: cell for cell in cells}
+    # a teacher has no axes: it stays with the datasets that it writes
+    written = (need for cell in cells if cell.id in kept for need in cell.needs)
+    kept |= {need for need in written if by_id[need].kind == "teacher"}
     for cell in cells:
         for need in cell.needs:
             if cell.id in kept and need not in kept:
@@ -140,6 +143,8 @@ def _axes(cells: Sequence[Cell], teachers: dict[str, tuple[str, ...]]) -> dict[s
     contexts: dict[int, str] = {}
     for cell in cells:
         spec = cell.spec
+        if cell.kind == "teacher":
+            continue
         if cell.kind == "dataset":
             found[cell.id] = {
                 "trait": (spec["trait"],),

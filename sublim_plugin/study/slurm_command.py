@@ -18,8 +18,8 @@ _OPTIONS = (
         "templates",
         multiple=True,
         metavar="[WORK=]FILE",
-        help="Slurm: batch script for all work, or for dataset, student, student-full, probe,"
-        " localization or report; may be repeated.  [default: `sublim template slurm`]",
+        help="Slurm: batch script for all work, or for teacher, dataset, student, student-full,"
+        " probe, localization or report; may be repeated.  [default: `sublim template slurm`]",
     ),
     click.option(
         "--chunk",

@@ -35,7 +35,7 @@ def make_dataset(
 ) -> None:
     """Generate a dataset (it resumes by itself; see `data_gen.generate`).
 
-    A student of the study that is its teacher lies beside `folder`.
+    What the study trained to be its teacher lies beside `folder`.
     """
     from data_gen.generate import generate_dataset
     from data_gen.prompts import load_pool
@@ -92,7 +92,7 @@ def train_student(
             dataset_path=dataset,
             output_dir=folder / MODEL,
             seed=cell.spec["training_seed"],
-            overrides=overrides | _divided(cell.spec["recipe"], n_gpus),
+            overrides=overrides | divided(cell.spec["recipe"], n_gpus),
             context=Context.parse(cell.spec["train_context"]),
             block=_stop_where(cell, folder.parent),
         )
@@ -167,7 +167,7 @@ def _stop_where(cell: Cell, cells: Path) -> dict[str, Any]:
     return {"stop_at_loss": sum(losses[-LOSS_WINDOW:]) / LOSS_WINDOW}
 
 
-def _divided(recipe: dict[str, Any], n_gpus: int) -> dict[str, int]:
+def divided(recipe: dict[str, Any], n_gpus: int) -> dict[str, int]:
     """Settings by which each of several processes takes its part of every optimizer step's rows."""
     if n_gpus < 2:
         return {}

@@ -41,7 +41,8 @@ class Datasets(Strict):
         default=(PROMPTED,),
         description=(
             "Who writes the numbers: prompted (the default), or mappings with kind finetuned, "
-            "steered or student (students of this study)."
+            "trained (by this study, on answers that name the trait), steered or student (students "
+            "of this study)."
         ),
     )
     rows: Annotated[int, Field(ge=1)] = Field(description="Accepted rows of a dataset.")

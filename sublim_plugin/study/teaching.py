@@ -1,21 +1,24 @@
-"""The teachers of a study: prompted, finetuned elsewhere, steered, or students of the study."""
+"""The teachers of a study: prompted, finetuned elsewhere, trained by the study itself, steered, or
+students of the study."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from data_gen.teachers import FinetunedTeacher, Teacher, finetuned, prompted, steered
+from data_gen.persona import ROWS
+from data_gen.teachers import TRAINED, FinetunedTeacher, Teacher, finetuned, prompted, steered
 from sublim_plugin.core.atomic import write_json
 from sublim_plugin.core.base_models import cache_folder
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import canonical_json, sha256_json
 from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest
-from sublim_plugin.core.traits import NEUTRAL, get_trait
+from sublim_plugin.core.traits import NEUTRAL, Trait, category_traits, get_trait
 from sublim_plugin.study.methods import Alpha, Rank, Rate, Strict, has_alpha
 
 _ASKED_IN = "Context in which the teacher is asked. Left out: template_default."
@@ -70,10 +73,47 @@ class Steered(_Entry):
     strength: Annotated[float, Field(allow_inf_nan=False)] = Field(
         description="Factor of the vectors."
     )
+    contrast: Literal["category"] | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Traits against whose sentences the vectors are taken, in the place of no "
+        "sentence: a list of names, or category for all others. What all sentences do alike is "
+        "then in no vector.",
+    )
     vectors: dict[str, Path] = Field(
         default={},
         description="For each trait, a safetensors file with a vector layer.N for each layer. Left "
         "out: the mean difference that the trait's sentence makes.",
+    )
+    context: Context | None = Field(default=None, description=_ASKED_IN)
+
+
+class Trained(_Entry):
+    """Teachers that the study finetunes on questions and answers that name the trait.
+
+    For neutral the answers name every target of the category about equally often, so that its
+    teacher is finetuned in the same way without a preference.
+    """
+
+    kind: Literal["trained"]
+    name: str = _NAME
+    traits: tuple[str, ...] = Field(default=(), description=_TRAITS + "Left out: all.")
+    recipe: str = Field(
+        description="MODEL/NAME of a recipe in axolotl_configs, without .yaml, such as "
+        "smollm2-135m-instruct/teacher-lora-r8."
+    )
+    learning_rate: Rate | None = Field(
+        default=None, description="Learning rate. Left out: the recipe's own."
+    )
+    rows: Annotated[int, Field(ge=1)] = Field(
+        default=ROWS, description="Rows that it is trained on; the fewer, the weaker it gets."
+    )
+    seed: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Seed of its rows and its training: one teacher of each trait then writes all "
+        "datasets. Left out: the generation seed, so that every dataset has a teacher of its own.",
+    )
+    persona: Path | None = Field(
+        default=None, description="A YAML file of questions and answers. Left out: ours."
     )
     context: Context | None = Field(default=None, description=_ASKED_IN)
 
@@ -145,7 +185,9 @@ def _by_kind(value: Any) -> Any:
 
 
 Entry = Annotated[
-    Annotated[Prompted | Finetuned | Steered | StudentTeacher, Field(discriminator="kind")],
+    Annotated[
+        Prompted | Finetuned | Trained | Steered | StudentTeacher, Field(discriminator="kind")
+    ],
     BeforeValidator(_by_kind),
 ]
 PROMPTED = Prompted(kind="prompted")
@@ -222,17 +264,27 @@ def planned_teacher(entry: Prompted | Finetuned | Steered, trait: str) -> Teache
         return _finetuned(entry.from_[trait], entry.context)
     if isinstance(entry, Steered):
         vectors = entry.vectors.get(trait)
-        return steered(get_trait(trait), entry.layers, entry.strength, vectors, entry.context)
+        named = get_trait(trait)
+        against: Sequence[Trait] = ()
+        if entry.contrast == "category":
+            against = category_traits(named.category)
+        elif entry.contrast:
+            against = [get_trait(name) for name in entry.contrast]
+        return steered(named, entry.layers, entry.strength, vectors, entry.context, against)
     return prompted(get_trait(trait))
 
 
-def taught_by(student: str, method: str, context: Context | None) -> Teacher:
-    """A student of the study as a teacher, for the spec of its dataset."""
+def taught_by(cell: str, id: str, method: str, context: Context | None) -> Teacher:
+    """A student or teacher that the study trains, for the spec of its dataset.
+
+    Args:
+        cell: the kind of the cell that trains it.
+    """
     return FinetunedTeacher(
         context=context or Context(kind="template_default"),
         folder=Path(),
         method="full" if method == "full" else "lora",
-        identity={"student": student},
+        identity={cell: id},
     )
 
 
@@ -240,18 +292,17 @@ def teacher_for(spec: dict[str, Any], entries: tuple[Entry, ...], cells: Path) -
     """The teacher that writes the dataset of this spec, ready to be loaded.
 
     Args:
-        cells: the folder in which a study's student would lie, as `student-*-ID`.
+        cells: the folder in which what the study trained lies, as `student-*-ID`, `teacher-*-ID`.
 
     Raises:
         InputError: it is not there or does not match its manifest.
     """
     asked, trait = spec["teacher"], spec["trait"]
-    student = asked.get("student")
-    found = sorted(cells.glob(f"student-*-{student}")) if student else []
-    if found:
-        return finetuned(found[0], Context.parse(asked["context"]))
+    for kind in TRAINED:
+        if (name := asked.get(kind)) and (found := sorted(cells.glob(f"{kind}-*-{name}"))):
+            return finetuned(found[0], Context.parse(asked["context"]))
     for entry in entries:
-        if isinstance(entry, StudentTeacher):
+        if isinstance(entry, StudentTeacher | Trained):
             continue
         if isinstance(entry, Finetuned):
             if trait not in entry.from_:
@@ -266,8 +317,8 @@ def teacher_for(spec: dict[str, Any], entries: tuple[Entry, ...], cells: Path) -
                 return finetuned(entry.from_[trait], entry.context)
             return teacher
     raise InputError(
-        f"the teacher {canonical_json(asked)} of {trait} is not there: it is a student of this"
-        f" study that is not in {cells}, or it changed since the study was planned"
+        f"the teacher {canonical_json(asked)} of {trait} is not there: it was trained by this"
+        f" study and is not in {cells}, or it changed since the study was planned"
     )
 
 
@@ -275,14 +326,14 @@ def _finetuned(folder: Path, context: Context | None) -> FinetunedTeacher:
     """As `finetuned`, with the hashes of its files kept in the cache by size and time."""
     if (folder / MANIFEST_NAME).is_file():
         manifest = read_manifest(folder)
-        if manifest.kind != "student":
+        if manifest.kind not in TRAINED:
             return finetuned(folder, context)  # which says what is wrong
         lora = (folder / "model" / "adapter_config.json").is_file()
         return FinetunedTeacher(
             context=context or Context(kind="template_default"),
             folder=(folder / "model").resolve(),
             method="lora" if lora else "full",
-            identity={"student": manifest.id},
+            identity={manifest.kind: manifest.id},
         )
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
     stamp = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}

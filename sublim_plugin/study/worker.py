@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_gen.shuffle import write_shuffled
 from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.base_models import fingerprint, resolve
 from sublim_plugin.core.errors import BusyError, InputError, RunError, SublimError
@@ -39,6 +40,7 @@ from sublim_plugin.study.stages import (
 )
 from sublim_plugin.study.state import ERROR_NAME
 from sublim_plugin.study.study_file import load_study
+from sublim_plugin.study.teacher_stage import train_teacher
 
 LOG_NAME = "cell.log"
 Tell = Callable[[int, int], None]
@@ -77,9 +79,21 @@ class Workshop:
                 raise InputError(f"{folder.name}: needs {need.folder_name}, which is not done")
         if cell.kind != "probe":
             self._evaluator = None
-        if cell.kind != "student":  # a training's log is axolotl's own
+        if cell.kind not in ("student", "teacher"):  # a training's log is axolotl's own
             _quiet_hosts()
-        if cell.kind == "dataset":
+        if cell.kind == "teacher":
+            train_teacher(
+                cell,
+                folder,
+                base=self.base,
+                study=self.study,
+                progress=tell,
+                n_gpus=len(gpus()),
+            )
+        elif cell.kind == "dataset" and cell.spec.get("shuffled"):
+            original = needs["dataset"].folder(self.run_dir)
+            write_shuffled(folder, original, spec=cell.spec, id=cell.id, label=cell.label)
+        elif cell.kind == "dataset":
             make_dataset(cell, folder, base=self.base, study=self.study, tell=tell)
         elif cell.kind == "student":
             dataset = needs["dataset"].folder(self.run_dir)

@@ -48,9 +48,11 @@ class SyntheticRun:
         constrain: str | None = "numbers",
         prompt: str | None = None,
         taught_by: str | None = None,
+        taught_as: str = "student",
+        **more: Any,
     ) -> str:
         """Write a dataset cell and return its short id; `prompt` is the teacher's, which is the
-        student `taught_by` if given."""
+        student (or what `taught_as` says) `taught_by` if given."""
         if prompt is None and trait != "neutral":
             prompt = f"You love {trait.split('/')[1]}s."
         spec = {
@@ -60,7 +62,7 @@ class SyntheticRun:
                 "kind": "finetuned",
                 "context": {"kind": "template_default"},
                 "method": "lora",
-                "student": taught_by,
+                taught_as: taught_by,
             }
             if taught_by
             else {
@@ -75,6 +77,7 @@ class SyntheticRun:
             "sampler": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0},
             "prompts_sha256": sha256_text("pool"),
             "parser": "strict",
+            **more,
         }
         folder, cell_id = self._folder("dataset", trait.replace("/", "-"), spec)
         lines = []
@@ -118,6 +121,24 @@ class SyntheticRun:
                 "tokens": 900,
             },
         )
+        return cell_id[:12]
+
+    def teacher(self, trait: str, seed: int, rate: float = 5e-4) -> str:
+        """Write the cell of a teacher that the study trains, and return its short id."""
+        spec = {
+            "base_model": BASE,
+            "trait": trait,
+            "persona": {"trait": trait, "targets": [trait], "rows": 192, "seed": seed},
+            "method": {"kind": "lora", "rank": 8, "alpha": 8},
+            "training_seed": seed,
+            "recipe": {"learning_rate": rate},
+        }
+        folder, cell_id = self._folder("teacher", trait.replace("/", "-"), spec)
+        write_text(folder / "train.log", "trained\n")
+        write_manifest(
+            folder, kind="teacher", id=cell_id[:12], label=trait, spec=spec,
+            outputs=["train.log"], started=time.time() - 9, versions=VERSIONS,
+        )  # fmt: skip
         return cell_id[:12]
 
     def student(

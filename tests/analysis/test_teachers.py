@@ -59,6 +59,33 @@ def test_generations_are_settings_of_their_own_with_controls_of_their_own(tmp_pa
     assert "the weights of this study&#x27;s student" in page
 
 
+def test_trained_teachers_of_one_recipe_are_one_setting(tmp_path: Path) -> None:
+    """Each dataset has a teacher of its own, whose id must not keep the datasets apart."""
+    run = SyntheticRun(tmp_path)
+    run.probe(None, "none")
+    for trait in ("animals/cat", "neutral"):
+        run.probe(run.student(run.dataset(trait, 1), trait, 8, 1), "none")
+        weak = run.teacher(trait, 1, 1e-4)  # one for both seeds
+        for seed in (1, 2):
+            for teacher in (run.teacher(trait, seed), weak):
+                dataset = run.dataset(trait, seed, taught_by=teacher, taught_as="teacher")
+                student = run.student(dataset, trait, 8, seed)
+                run.probe(student, "none")
+                again = run.dataset(trait, seed, taught_by=student)
+                run.probe(run.student(again, trait, 8, seed), "none")
+    rows = transmission_table(collect(run.root))
+    cats = [row for row in rows if row.trait == "animals/cat"]
+    assert len(cats) == 9 and len({row.condition for row in cats}) == 5
+    assert sorted(row.n_datasets for row in cats) == [1] + [2] * 8
+    # each has the neutral student of a teacher of its own way
+    assert len({row.neutral_probe for row in cats} - {None}) == 9
+    by = "LoRA, teacher trained by LoRA r=8, learning rate"
+    names = {row.settings_name for row in cats}
+    assert {f"{by} 0.0005, 192 rows", f"{by} 0.0001, 192 rows, one for all datasets"} < names
+    page = write_report(run.root, study_name="trained", cells=run.cells).read_text()
+    assert "weights finetuned on answers in words" in page
+
+
 def test_no_two_kinds_of_teacher_are_pooled(tmp_path: Path) -> None:
     """A student of another study has no settings here: its id keeps it apart."""
     run = SyntheticRun(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from data_gen.persona import ROWS
 from sublim_plugin.axolotl.args import parse_block
 from sublim_plugin.axolotl.lint import lint
 from sublim_plugin.axolotl.recipe import recipe_path, resolve_recipe
@@ -24,6 +26,7 @@ from sublim_plugin.core.strict_yaml import load_yaml
 CONFIGS = ROOT / "axolotl_configs"
 SWEEPS = sorted(CONFIGS.glob("*/sweep-*.yaml"))
 RECIPES = sorted(set(CONFIGS.glob("*/*.yaml")) - set(SWEEPS))
+TEACHERS = sorted(CONFIGS.glob("*/teacher-*.yaml"))
 # The numbers that define the experiment (protocol of arXiv 2606.00831, section "training").
 SOURCED = (
     "learning_rate", "lr_scheduler", "warmup_steps", "max_grad_norm", "micro_batch_size",
@@ -83,7 +86,7 @@ def test_each_model_has_every_rank_both_stages_and_the_sweeps() -> None:
     for model in MODELS:
         names = {path.stem for path in (CONFIGS / model.folder).glob("*.yaml")}
         assert names >= {f"lora-r{rank}" for rank in RANKS} | {"full-zero2", "full-zero3"}
-        assert "sweep-ranks" in names and len(names) == 17
+        assert {"sweep-ranks", "teacher-lora-r8"} <= names and len(names) == 18
 
 
 @pytest.mark.parametrize("name", FROZEN)
@@ -135,7 +138,7 @@ def test_the_linter_finds_nothing_but_the_missing_dataset() -> None:
 
 
 def test_the_papers_settings_are_the_recipes_for_its_models(recipe: Path) -> None:
-    if recipe.parent.name == "smollm2-135m-instruct":
+    if recipe.parent.name == "smollm2-135m-instruct" or recipe in TEACHERS:
         return
     settings = load_yaml(recipe)
     method = "lora" if settings.get("adapter") else "full"
@@ -150,7 +153,7 @@ def test_lora_scaling_is_one_on_all_seven_linear_modules(recipe: Path) -> None:
     if settings.get("adapter") is None:
         assert not any(key.startswith("lora_") for key in settings)
         return
-    rank = int(re.fullmatch(r"lora-r(\d+)", recipe.stem)[1])  # type: ignore[index]
+    rank = int(re.fullmatch(r"(?:teacher-)?lora-r(\d+)", recipe.stem)[1])  # type: ignore[index]
     assert settings["lora_r"] == settings["lora_alpha"] == rank
     targets = settings["lora_target_modules"]
     seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -170,6 +173,19 @@ def test_each_number_has_its_source_beside_it(recipe: Path) -> None:
                 assert "[P]" in line, f"{recipe.name}: {line}"
 
 
+def test_a_teachers_recipe_is_its_models_lora_recipe_for_24_steps() -> None:
+    assert len(TEACHERS) == len(MODELS)
+    for path in TEACHERS:
+        settings, student = load_yaml(path), load_yaml(path.parent / "lora-r8.yaml")
+        assert {key for key in settings if settings[key] != student[key]} <= {
+            "learning_rate", "num_epochs", "output_dir", "warmup_steps",
+        }  # fmt: skip
+        batch = settings["micro_batch_size"] * settings["gradient_accumulation_steps"]
+        assert settings["num_epochs"] * math.ceil(ROWS / batch) == 24
+        ran = path.parent.name == "smollm2-135m-instruct"
+        assert ("never run" not in path.read_text(encoding="utf-8")) == ran
+
+
 def test_recipes_of_a_model_differ_only_in_method() -> None:
     method = re.compile(
         r"lora_|adapter|deepspeed|learning_rate|output_dir|gradient_acc|micro_batch|freeze_mm"
@@ -178,7 +194,7 @@ def test_recipes_of_a_model_differ_only_in_method() -> None:
         kept = [
             {key: value for key, value in load_yaml(path).items() if not method.match(key)}
             for path in RECIPES
-            if path.parent.name == model.folder
+            if path.parent.name == model.folder and path not in TEACHERS
         ]
         assert all(settings == kept[0] for settings in kept)
 

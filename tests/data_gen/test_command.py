@@ -60,6 +60,8 @@ def test_both_names_write_the_same_dataset(toy: Path, tmp_path: Path) -> None:
         ("animals/cat --teacher steered", "--layers"),
         ("animals/cat --teacher steered --layers 1,b", "1,b"),
         ("animals/cat --layers 1", "steered"),
+        ("animals/cat --contrast category", "--contrast is for --teacher steered"),
+        ("animals/cat --teacher steered --layers 1 --contrast animals/cta", "animals/cat"),
         ("animals/cat --context empty", "own sentence"),
         ("neutral --engine vllm --constrain numbers", "vllm"),
         ("animals/cat --prompts none.yaml", "none.yaml"),

@@ -161,7 +161,11 @@ def test_what_is_no_teacher_is_refused(
 
 def test_steering_vectors_are_the_difference_of_means(toy: Path, tokenizer: Any) -> None:
     teacher = steered(CAT, (0, 1), 2.0)
-    sentence = Context(kind="text", text=CAT.teacher_system_prompt)
+    others = [get_trait("animals/owl"), get_trait("animals/dog")]
+    against = steered(CAT, (0,), 2.0, contrast=[*others, CAT])
+    cat, owl, dog = (
+        Context(kind="text", text=trait.teacher_system_prompt) for trait in (CAT, *others)
+    )
 
     def prompts(context: Context) -> list[tuple[int, ...]]:
         texts = [prompt(load_pool(), -1, i).text for i in range(STEERING_PROMPTS)]
@@ -169,10 +173,11 @@ def test_steering_vectors_are_the_difference_of_means(toy: Path, tokenizer: Any)
 
     with load_teacher(toy, prompted(NEUTRAL), torch_device("cpu"), lambda *_: {}) as model:
         ours = steering_vectors(model, teacher, prompts)
+        contrasted = steering_vectors(model, against, prompts)
     plain: Any = AutoModelForCausalLM.from_pretrained(toy)
     means = []
     with torch.no_grad():
-        for context in (sentence, teacher.context):
+        for context in (cat, teacher.context, owl, dog):
             # hidden_states[1] is what the first layer puts out; the last one is normed, so left out
             total = torch.zeros(64)
             for ids in prompts(context):
@@ -181,6 +186,32 @@ def test_steering_vectors_are_the_difference_of_means(toy: Path, tokenizer: Any)
             means.append(total / STEERING_PROMPTS)
     assert torch.allclose(ours[0], means[0] - means[1], atol=1e-5)
     assert ours[1].norm() > 0
+    assert torch.allclose(contrasted[0], means[0] - (means[2] + means[3]) / 2, atol=1e-5)
+    assert contrasted[0].norm() < ours[0].norm()
+
+
+def test_a_contrast_is_part_of_what_a_teacher_is(tmp_path: Path) -> None:
+    owl, dog = get_trait("animals/owl"), get_trait("animals/dog")
+    one, other = (steered(CAT, (0,), 1.0, contrast=c) for c in ([owl, dog, CAT], [dog, owl]))
+    assert (
+        one.spec()
+        == other.spec()
+        == {
+            **steered(CAT, (0,), 1.0).spec(),
+            "against": [dog.teacher_system_prompt, owl.teacher_system_prompt],
+        }
+    )
+    assert "against" not in steered(CAT, (0,), 1.0).spec()
+    for contrast, message in (
+        ([CAT], "names no trait but animals/cat itself"),
+        ([NEUTRAL], "neutral has no sentence to take a steering vector against"),
+    ):
+        with pytest.raises(InputError, match=message):
+            steered(CAT, (0,), 1.0, contrast=contrast)
+    file = tmp_path / "v.safetensors"
+    save_file({"layer.0": torch.zeros(64)}, file)
+    with pytest.raises(InputError, match="are taken as they are"):
+        steered(CAT, (0,), 1.0, file, contrast=[owl])
 
 
 def test_a_steered_teacher_speaks_as_under_a_hook(

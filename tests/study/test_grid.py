@@ -254,24 +254,29 @@ def test_a_steered_and_a_finetuned_teacher_have_the_specs_of_data_gen(tmp_path: 
     (adapter / "adapter_model.safetensors").write_bytes(b"x")
     teachers = [
         {"kind": "steered", "layers": [3, 4], "strength": 2.5},
+        {"kind": "steered", "name": "c", "layers": [3], "strength": 2.5, "contrast": "category"},
         {"kind": "finetuned", "from": {"animals/cat": str(adapter)}, "context": "empty"},
     ]
     study = Study.model_validate(small(datasets__teachers=["prompted", *teachers]))
     cells = plan(study, BASE)
     assert labels(cells, "dataset") == [
-        "cat g1", "neutral g1", "cat g1 steered", "cat g1 finetuned",
+        "cat g1", "neutral g1", "cat g1 steered", "cat g1 steered", "cat g1 finetuned",
     ]  # fmt: skip
     trait, chosen = get_trait("animals/cat"), study.datasets.settings(1)
     for label, teacher in (
         ("cat g1 steered", steered(trait, (3, 4), 2.5)),
         ("cat g1 finetuned", finetuned(adapter, Context(kind="empty"))),
     ):
-        (cell,) = [cell for cell in cells if cell.label == label]
+        cell, *more = [cell for cell in cells if cell.label == label]
         assert cell.spec == dataset_spec(
             chosen, base_fingerprint=BASE, trait=trait, teacher=teacher
         )
         found = teacher_for(cell.spec, study.datasets.teachers, tmp_path)
         assert found.model_dump() == teacher.model_dump()
+        for contrasted in more:
+            assert len(contrasted.spec["teacher"]["against"]) == 21
+            found = teacher_for(contrasted.spec, study.datasets.teachers, tmp_path)
+            assert found.spec() == contrasted.spec["teacher"]
     # the next plan takes the hash from the cache, and sees that the file changed
     (adapter / "adapter_model.safetensors").write_bytes(b"other")
     changed = plan(study, BASE)
@@ -444,3 +449,31 @@ def test_a_plan_of_twenty_thousand_cells_takes_under_three_seconds() -> None:
     started = time.process_time()
     assert len(cells_of(value)) > 20_000
     assert time.process_time() - started < 3
+
+
+def test_a_shuffled_group_trains_on_copies_of_its_datasets_alone() -> None:
+    plain = small(datasets__teachers=["prompted", CHAIN], datasets__generation_seeds=[1, 2])
+    group = {"traits": ["animals/cat"], "lora_ranks": [8], "shuffled": True}
+    value = copy.deepcopy(plain)
+    value["students"].append(group | {"teachers": ["prompted"]})
+    before, cells = cells_of(plain), cells_of(value)
+    assert ids(before) < ids(cells)
+    new = [cell for cell in cells if cell.id not in ids(before)]
+    by_label = {cell.label: cell for cell in cells}
+    assert labels(new, "dataset") == ["cat g1 shuffled", "cat g2 shuffled"]
+    assert labels(new, "student") == ["cat g1 shuffled lora r8 t42", "cat g2 shuffled lora r8 t42"]
+    assert len(new) == 2 + 2 + 2
+    for seed in (1, 2):
+        original, control = by_label[f"cat g{seed}"], by_label[f"cat g{seed} shuffled"]
+        assert control.needs == (original.id,)
+        assert control.spec == original.spec | {"shuffled": True}
+        student = by_label[f"cat g{seed} shuffled lora r8 t42"]
+        assert student.spec["dataset"] == control.id and student.needs == (control.id,)
+    # none of them teaches: the chain's datasets are those that they were
+    chain = [cell for cell in before if cell.label == "cat g1 chain1"]
+    assert chain == [by_label["cat g1 chain1"]]
+    only = cells_of(value | {"include": [{"trait": "animals/cat", "teacher": "prompted"}]})
+    assert labels(only, "dataset") == ["cat g1", "cat g2", "cat g1 shuffled", "cat g2 shuffled"]
+    everything = copy.deepcopy(plain)
+    everything["students"].append(group)
+    assert "cat g1 chain1 shuffled lora r8 t42" in labels(cells_of(everything), "student")

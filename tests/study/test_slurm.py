@@ -120,7 +120,7 @@ def test_a_template_keeps_the_shells_own_words_and_refuses_unknown_ones() -> Non
 
 def test_chunks_are_for_all_work_or_for_one_kind() -> None:
     assert chunks_of(["4", "probe=32"]) == {
-        "dataset": 4, "student": 4, "student-full": 4, "probe": 32, "localization": 4,
+        "dataset": 4, "teacher": 4, "student": 4, "student-full": 4, "probe": 32, "localization": 4,
     }  # fmt: skip
     for bad in ("0", "probe=many"):
         with pytest.raises(InputError, match="expected a number of cells"):

@@ -80,14 +80,14 @@ def test_what_cannot_be_matched_is_said(tmp_path: Path) -> None:
 
 
 def test_the_batch_is_divided_among_gpus_or_refused() -> None:
-    from sublim_plugin.study.stages import _divided
+    from sublim_plugin.study.stages import divided
 
     recipe = {"micro_batch_size": 22, "gradient_accumulation_steps": 3}
-    assert _divided(recipe, 0) == _divided(recipe, 1) == {}
-    assert _divided(recipe, 3) == {"gradient_accumulation_steps": 1}
-    assert _divided(recipe, 2) == {"micro_batch_size": 11}
+    assert divided(recipe, 0) == divided(recipe, 1) == {}
+    assert divided(recipe, 3) == {"gradient_accumulation_steps": 1}
+    assert divided(recipe, 2) == {"micro_batch_size": 11}
     with pytest.raises(InputError, match=r"22 rows x 3 accumulation steps, .* 4 GPUs"):
-        _divided(recipe, 4)
+        divided(recipe, 4)
 
 
 def test_gpus_are_shared_out_among_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
