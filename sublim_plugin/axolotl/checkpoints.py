@@ -31,7 +31,8 @@ SET_ASIDE = "set-aside"
 be counted by the host's own clearing up (`save_total_limit`), and a complete one deleted for it."""
 
 # What may differ between a run and its continuation: where things lie, what is logged and saved,
-# and what is compared by content instead (base model, rows, soft targets, context, seeds). All else must agree.
+# and what is compared by content instead (base model, rows, soft targets, context, seeds).
+# All else must agree.
 _HARMLESS = re.compile(
     r"(auto_resume_from_checkpoints|axolotl_config_path|base_model(_config)?|capabilities"
     r"|dataloader_(num_workers|pin_memory|prefetch_factor)|dataset_(keep_in_memory|num_proc"
