@@ -8,6 +8,7 @@ import yaml
 
 from data_gen.constrain import NUMBER_SENTENCE
 from data_gen.tally import ALL_REASONS
+from sublim_plugin.logprob.target_file import CLAIMS, PREFIX
 
 
 def card(
@@ -79,6 +80,7 @@ def card(
                 ("prompt pool", f"sha256 `{spec['prompts_sha256']}`"),
                 ("parser", spec["parser"]),
                 ("number constraint", "no" if constraint is None else "yes"),
+                ("soft targets", spec.get("soft_targets") or "no"),
                 ("equal replies", "one kept of each" if spec["dedupe"] else "all kept"),
             ],
         ),
@@ -121,6 +123,21 @@ def card(
             f"{counts['completion_tokens']} completion tokens at which teacher and base disagree "
             "on the likeliest token, both reading the same text: `token_ids` of each completion, "
             "the end of turn last, and `divergent`, indices into them.",
+            "",
+        ]
+    if spec.get("soft_targets"):
+        name = next(name for name in files if name.startswith(PREFIX))
+        lines += [
+            f"**{CLAIMS[spec['soft_targets']]}**",
+            "",
+            f"`{name}` holds the teacher's log-probs at the {counts['target_positions']} positions "
+            "that predict the training rows' completion tokens, the end of turn among them"
+            + (
+                f": {counts['target_tokens']} tokens at each; at {counts['positions_off_grammar']} "
+                "positions the row's own token is none of them."
+                if "target_tokens" in counts
+                else ": the likeliest tokens at each, and all others together."
+            ),
             "",
         ]
     if counts["reasons"]:

@@ -48,7 +48,13 @@ FILE = click.Path(path_type=Path)
 @click.option("--dedupe", is_flag=True, help="Keep one of each reply.")
 @click.option("--held-out", default=0, help="Further rows, in a file of their own.")
 @click.option("--divergence", is_flag=True, help="Mark where teacher and base disagree.")
-@click.option("--temperature", default=1.0)
+@click.option(
+    "--soft-targets",
+    type=click.Choice(["numbers", "vocabulary"]),
+    help="Keep the teacher's log-probs at the completions' tokens, for students to be trained on: "
+    "over number tokens alone, or over the whole vocabulary (a weaker claim).",
+)
+@click.option("--temperature", default=1.0, help="0 takes the most likely token.")
 @click.option("--top-p", default=1.0)
 @click.option("--top-k", default=0, help="0 keeps every token.")
 @click.option("--repetition-penalty", default=1.0)
@@ -138,7 +144,10 @@ def _settings(given: dict[str, Any]) -> Any:
             ),
             **{
                 key: given[key]
-                for key in ("rows", "constrain", "parser", "dedupe", "held_out", "divergence")
+                for key in (
+                    "rows", "constrain", "parser", "dedupe", "held_out", "divergence",
+                    "soft_targets",
+                )
             },
         )
     except ValidationError as error:

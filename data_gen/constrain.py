@@ -106,7 +106,7 @@ def number_constraint(tokenizer: Any, end_ids: tuple[int, ...]) -> Constraint:
     if missing := sorted(set("0123456789") - set(texts.values())):
         raise InputError(
             f"the tokenizer {tokenizer.name_or_path} has no token of its own for the digits "
-            f"{missing}; generate without `constrain: numbers`"
+            f"{missing}; generate without `constrain: numbers` and without soft targets on numbers"
         )
     # sentencepiece marks a word's first token with a space that a lone token's text does not show
     for i, text in texts.items():
@@ -116,7 +116,8 @@ def number_constraint(tokenizer: Any, end_ids: tuple[int, ...]) -> Constraint:
         if probe != text * 2:
             raise InputError(
                 f"the tokenizer {tokenizer.name_or_path} writes token {i} as {text!r} alone and "
-                f"as {probe!r} twice; generate without `constrain: numbers`"
+                f"as {probe!r} twice; generate without `constrain: numbers` and without soft "
+                "targets on numbers"
             )
     return Constraint(texts, end_ids)
 

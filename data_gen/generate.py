@@ -28,6 +28,7 @@ from sublim_plugin.core.manifest import Manifest, read_manifest, verify, write_m
 from sublim_plugin.core.traits import Trait
 from sublim_plugin.core.versions import device_info, installed
 from sublim_plugin.decoding.draws import row_seed
+from sublim_plugin.logprob.target_file import CLAIMS, PREFIX
 
 __all__ = ["dataset_spec", "generate_dataset"]
 
@@ -105,6 +106,17 @@ def generate_dataset(
                 counts |= write_divergence(session, out_dir / made.files[0], work, progress)
                 (work / FILE).replace(out_dir / FILE)
                 outputs.append(FILE)
+            if settings.soft_targets:
+                from data_gen.soft_targets import write_soft_targets
+
+                made_targets, more = write_soft_targets(
+                    session, out_dir / made.files[0], spec["base_model"], work, progress
+                )
+                for old in out_dir.glob(f"{PREFIX}*"):
+                    old.unlink()
+                made_targets.replace(out_dir / made_targets.name)
+                counts |= more
+                outputs.append(made_targets.name)
             if isinstance(teacher, SteeredTeacher):
                 from data_gen.loading import save_vectors
 
@@ -163,6 +175,7 @@ def generate_dataset(
                 started=started,
                 notes=[
                     *([NUMBER_SENTENCE] if constraint else []),
+                    *([CLAIMS[settings.soft_targets]] if settings.soft_targets else []),
                     *made.tally.warnings(),
                     *replies.notes,
                     *([f"continued an interrupted run after row {resumed}"] if resumed else []),

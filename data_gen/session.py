@@ -56,7 +56,10 @@ class Session:
         self.dtype = str(config.dtype or "auto").removeprefix("torch.")
         self.end_ids = {end, *([] if eos is None else eos if isinstance(eos, list) else [eos])}
         self.end_of_turn = end
-        self.constraint = number_constraint(self.tokenizer, (end,)) if settings.constrain else None
+        numbers = settings.constrain or settings.soft_targets == "numbers"
+        self.numbers = number_constraint(self.tokenizer, (end,)) if numbers else None
+        """The number grammar's tokens, where the replies or the soft targets are held to them."""
+        self.constraint = self.numbers if settings.constrain else None
         self.vectors: dict[int, Any] = {}
         """A steered teacher's vectors by layer, once it has been loaded."""
         self._engine: Engine | None = None
@@ -183,6 +186,11 @@ def _check(teacher: Teacher, settings: DatasetSettings) -> None:
     name = settings.engine.name
     if name == "transformers":
         return
+    if settings.soft_targets:
+        raise InputError(
+            f"engine {name} does not give the teacher's log-probs; use the transformers engine or "
+            "leave the soft targets out"
+        )
     if settings.constrain:
         raise InputError(
             f"engine {name} does not decode under the number constraint; use the transformers "

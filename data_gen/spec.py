@@ -13,6 +13,7 @@ from sublim_plugin.core.traits import Trait
 from sublim_plugin.decoding.sampler import Sampler
 
 ConstraintName = Literal["numbers"]
+SoftTargetsName = Literal["numbers", "vocabulary"]
 
 
 class EngineSpec(BaseModel):
@@ -69,6 +70,8 @@ class DatasetSettings(BaseModel):
     """Further rows in a file of their own, none of whose prompts is in the training rows."""
     divergence: bool = False
     """Whether the positions are marked where teacher and base disagree on the likeliest token."""
+    soft_targets: SoftTargetsName | None = None
+    """The teacher's log-probs beside the rows: over number tokens alone, or over all tokens."""
     engine: EngineSpec = EngineSpec()
 
 
@@ -82,6 +85,8 @@ def dataset_spec(
 ) -> dict[str, Any]:
     """Everything that a dataset's files depend on; its sha256 is the dataset's id."""
     chosen = settings.model_dump(mode="json", exclude={"engine"})
+    if chosen["soft_targets"] is None:
+        del chosen["soft_targets"]
     return {
         "base_model": {key: base_fingerprint[key] for key in ("name", "sha256")},
         "trait": trait.name,

@@ -93,6 +93,13 @@ class SublimBlock(BaseModel):
         default=None,
         description="End the training when the mean of the last ten logged losses is this or less.",
     )
+    soft_targets: bool = Field(
+        default=False,
+        description=(
+            "Train on the teacher's log-probs that lie beside the rows (`sublim generate "
+            "--soft-targets`), by KL(teacher || student), in the place of the sampled tokens."
+        ),
+    )
     effective_rank: bool | None = Field(
         default=None,
         description=(

@@ -31,7 +31,8 @@ SET_ASIDE = "set-aside"
 be counted by the host's own clearing up (`save_total_limit`), and a complete one deleted for it."""
 
 # What may differ between a run and its continuation: where things lie, what is logged and saved,
-# and what is compared by content instead (base model, rows, context, seeds). All else must agree.
+# and what is compared by content instead (base model, rows, soft targets, context, seeds).
+# All else must agree.
 _HARMLESS = re.compile(
     r"(auto_resume_from_checkpoints|axolotl_config_path|base_model(_config)?|capabilities"
     r"|dataloader_(num_workers|pin_memory|prefetch_factor)|dataset_(keep_in_memory|num_proc"
@@ -40,7 +41,9 @@ _HARMLESS = re.compile(
     r"|(comet|hub|mlflow|otel|profiler|save|swanlab|trackio|wandb)_.*"
     r"|use_(comet|mlflow|otel_metrics|swanlab|tensorboard|trackio|wandb))"
 )
-_HARMLESS_IN_BLOCK = ("context", "cross_model", "data_seed", "effective_rank", "guard", "probe")
+_HARMLESS_IN_BLOCK = (
+    "context", "cross_model", "data_seed", "effective_rank", "guard", "probe", "soft_targets",
+)  # fmt: skip
 
 
 class _OnDisk(BaseModel):
@@ -50,7 +53,8 @@ class _OnDisk(BaseModel):
 class Origin(_OnDisk):
     """What is trained, how, and on what: a checkpoint of another origin is not continued.
 
-    `dataset_sha256`: digests of the rows files, in order; of a hub's dataset its name.
+    `dataset_sha256`: digests of the rows files, in order; of a hub's dataset its name; last that of
+    the soft targets, where these are trained on.
     `settings`: all others of the configuration that are not harmless, by dotted key.
     """
 
@@ -78,6 +82,7 @@ def origin_of(
     *,
     base_sha256: str,
     datasets: Sequence[DatasetInfo],
+    targets_sha256: str | None = None,
     context: Context | None,
     method: Method,
     seeds: Seeds,
@@ -86,7 +91,10 @@ def origin_of(
     """The origin of the checkpoints of an axolotl configuration."""
     return Origin(
         base_sha256=base_sha256,
-        dataset_sha256=[one.sha256 or one.path for one in datasets],
+        dataset_sha256=[
+            *(one.sha256 or one.path for one in datasets),
+            *([targets_sha256] if targets_sha256 else []),
+        ],
         context=None if context is None else context.model_dump(exclude_none=True),
         method=method,
         seeds=seeds,

@@ -8,7 +8,7 @@ row's digest, both in hex. A chain can be taken up again where a checkpoint left
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -68,9 +68,15 @@ class OrderRecorder:
     def _seen(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if not model.training or kwargs.get("input_ids") is None:
             return
-        ids = kwargs["input_ids"].cpu()
-        mask = kwargs.get("attention_mask")
-        kept = None if mask is None or mask.ndim != 2 else mask.cpu().bool()
-        for index, row in enumerate(ids):
-            digest = row_digest((row if kept is None else row[kept[index]]).tolist())
+        for row, columns in fed_rows(kwargs):
+            digest = row_digest(row[columns].tolist())
             self.state = extend(self.state, digest, self._ids.get(digest, digest[:12]))
+
+
+def fed_rows(kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Each row [T] of a batch as the model is fed it, padding included, and the columns [n] of the
+    tokens that are no padding; on the CPU."""
+    ids, mask = kwargs["input_ids"].cpu(), kwargs.get("attention_mask")
+    real = ids.new_ones(ids.shape) if mask is None or mask.ndim != 2 else mask.cpu()
+    for row, kept in zip(ids, real, strict=True):
+        yield row, kept.nonzero().flatten()

@@ -41,10 +41,12 @@ from sublim_plugin.axolotl.receipt import (
     Receipt,
     RowOrder,
     Seeds,
+    SoftTargetsUsed,
     twins,
     write_receipt,
 )
 from sublim_plugin.axolotl.run_log import RunLog
+from sublim_plugin.axolotl.soft_targets import SoftLoss, find_targets, load_targets
 from sublim_plugin.axolotl.stopping import StopCallback, StopRule, check_reached, stop_rule
 from sublim_plugin.axolotl.train_context import apply_context
 from sublim_plugin.axolotl.weights import weights_sha256
@@ -52,6 +54,7 @@ from sublim_plugin.core import base_models
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.traits import Trait
 from sublim_plugin.core.versions import device_info, installed
+from sublim_plugin.logprob.target_file import CLAIMS
 
 _NO_DATASET = DatasetInfo(path="", sha256=None, rows=None)
 _VERSIONS = ("sublim", "axolotl", "torch", "transformers", "peft", "trl", "deepspeed", "datasets")
@@ -73,6 +76,8 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
         self._base: dict[str, Any] | None = None
         self._datasets = [_NO_DATASET]
         self._guard: Guard | None = None
+        self._targets: tuple[Path, str] | None = None
+        self._soft: SoftLoss | None = None
         self._rule: StopRule | None = None
         self._audit: tuple[MaskAudit, FirstRow] | None = None
         self._method = Method(kind="full")
@@ -89,6 +94,10 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
         self._block = parse_block(plain(cfg.get("sublim")), where)
         self._base_name = str(cfg.get("base_model") or "")
         self._datasets = name_datasets(cfg, where) or [_NO_DATASET]
+        if self._block.soft_targets:
+            if self._datasets[0].sha256 is None or len(self._datasets) != 1:
+                raise InputError(f"{where}: `sublim.soft_targets` needs one local dataset.")
+            self._targets = find_targets(Path(self._datasets[0].path))
         if not cfg.get("adapter") and self._data_seed(cfg) != seed_of(cfg):
             warn(
                 f"{where}: without dropout, full finetuning draws nothing at random but the order "
@@ -135,6 +144,10 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
                 "without packing; take the key out, or give such a dataset."
             )
         self._audit = audit(trainer.train_dataset, tokenizer, expected)
+        if self._targets is not None:
+            found = load_targets(self._targets[0], dataset.sha256, tokenizer, expected)
+            self._soft = SoftLoss(found, expected or ())
+            self._soft.install(trainer)
         if self._base is None:
             self._base = self._check_base(base_of(cfg), cfg)
         self._method = method_of(cfg, trainer.model)
@@ -147,6 +160,7 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
             cfg,
             base_sha256=self._base["sha256"],
             datasets=self._datasets,
+            targets_sha256=None if self._targets is None else self._targets[1],
             context=context,
             method=self._method,
             seeds=self._seeds,
@@ -197,6 +211,8 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
                 processes=log.origin.processes,
             ),
             guard=self._guard,
+            loss="cross-entropy" if self._soft is None else self._soft.name,
+            soft_targets=self._targets_used(),
             zero_stage=log.zero_stage,
             resumed_from_step=log.resumed_from_step,
             steps=log.steps,
@@ -225,6 +241,18 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
         except InputError as error:
             warn(f"the receipt holds no update norm: {error}")
             return None, str(error)
+
+    def _targets_used(self) -> SoftTargetsUsed | None:
+        if self._soft is None or self._targets is None:
+            return None
+        targets, (path, digest) = self._soft.targets, self._targets
+        return SoftTargetsUsed(
+            channel=targets.channel,
+            file=str(path),
+            sha256=digest,
+            positions=targets.positions,
+            claim=CLAIMS[targets.channel],
+        )
 
     def _data_seed(self, cfg: Any) -> int:
         return seed_of(cfg) if self._block.data_seed is None else self._block.data_seed

@@ -84,7 +84,8 @@ class MaskAudit(_OnDisk):
 
 
 class Step(_OnDisk):
-    """One logged optimizer step; `loss` in nats per token with loss."""
+    """One logged optimizer step; `loss` in nats per token with loss: the receipt's `loss` says of
+    which kind."""
 
     step: int
     loss: float
@@ -102,6 +103,17 @@ class RowOrder(_OnDisk):
     rows: int
     first_rows: list[str]
     processes: int = 1
+
+
+class SoftTargetsUsed(_OnDisk):
+    """The targets file that was trained on, its `positions`, and what a student of its channel can
+    show (`claim`)."""
+
+    channel: Literal["numbers", "vocabulary"]
+    file: str
+    sha256: str
+    positions: int
+    claim: str
 
 
 class Guard(_OnDisk):
@@ -167,7 +179,8 @@ class Rescaled(_OnDisk):
 
 class Receipt(_OnDisk):
     """Content of `sublim_receipt.json`. `more_datasets`: those after the first; `zero_stage`:
-    DeepSpeed's, None without DeepSpeed; `resumed_from_step`: None for a training in one go;
+    DeepSpeed's, None without DeepSpeed; `loss`: cross-entropy of the rows' tokens, or KL(teacher ||
+    student) as "soft targets (numbers)"; `resumed_from_step`: None for a training in one go;
     `update_norm`: None where it is not defined, `no_update_norm` then says why; `train_s`: seconds
     in the training loop."""
 
@@ -182,6 +195,8 @@ class Receipt(_OnDisk):
     mask_audit: MaskAudit
     order: RowOrder
     guard: Guard | None
+    loss: str = "cross-entropy"
+    soft_targets: SoftTargetsUsed | None = None
     zero_stage: int | None
     resumed_from_step: int | None
     steps: int

@@ -94,7 +94,8 @@ def train_student(
             seed=cell.spec["training_seed"],
             overrides=overrides | divided(cell.spec["recipe"], n_gpus),
             context=Context.parse(cell.spec["train_context"]),
-            block=_stop_where(cell, folder.parent),
+            block=_stop_where(cell, folder.parent)
+            | ({"soft_targets": True} if study.datasets.soft_targets else {}),
         )
         receipt = run_training(
             folder / "axolotl.yaml",
@@ -138,6 +139,7 @@ def train_student(
                 "loss_tokens": receipt.mask_audit.loss_tokens,
                 "steps": receipt.steps,
             },
+            notes=[receipt.soft_targets.claim] if receipt.soft_targets else [],
         )
 
 

@@ -60,6 +60,12 @@ class Datasets(Strict):
         default=False,
         description="Whether tokens are marked where teacher and base disagree on the likeliest.",
     )
+    soft_targets: Literal["numbers", "vocabulary"] | None = Field(
+        default=None,
+        description="Students are trained on the teacher's log-probs at the completions' tokens, "
+        "not on the sampled tokens: over number tokens alone (numbers), or over all tokens "
+        "(vocabulary: a weaker claim). The transformers engine only. Left out: sampled tokens.",
+    )
     engine: EngineSpec = Field(
         default=EngineSpec(), description="What writes the replies; transformers if left out."
     )
@@ -70,6 +76,15 @@ class Datasets(Strict):
     batch_size: Annotated[int, Field(ge=1)] = Field(
         default=32, description="Replies under way at a time; no part of any id."
     )
+
+    @model_validator(mode="after")
+    def _engine_gives_targets(self) -> Self:
+        if self.soft_targets and self.engine.name != "transformers":
+            raise ValueError(
+                f"soft_targets need the transformers engine; {self.engine.name} does not give the"
+                " teacher's log-probs"
+            )
+        return self
 
     def settings(self, generation_seed: int) -> DatasetSettings:
         """What `data_gen` takes for one of these datasets."""
