@@ -2,28 +2,44 @@
 
 Each reply keeps its prompt, its format and how many numbers it has, and the dataset keeps every
 number as often as before; which number the teacher chose where is gone.
+
+A dataset with soft targets keeps its rows, and the targets are permuted in the place of the
+numbers: among all positions of the dataset at which as many digits of the present number, and the
+same separator behind it, have been written. What the teacher's distribution is on average at such a
+position stays; what it makes of the prompt and the numbers before is gone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from data_gen.constrain import token_text
 from data_gen.parse import parse_numbers
-from sublim_plugin.core.atomic import write_text
+from sublim_plugin.core.atomic import write_bytes, write_text
 from sublim_plugin.core.dataset import dataset_rows_path, read_rows
 from sublim_plugin.core.errors import RunError
 from sublim_plugin.core.hashing import sha256_text
 from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.core.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from sublim_plugin.decoding.draws import integers
+from sublim_plugin.logprob.target_file import PREFIX, SoftTargets, read_targets, to_bytes
 
 _NUMBER = re.compile(r"[0-9]+")
+_TAIL = re.compile(r"([0-9]*)([^0-9]*)$")
 NOTE = "the numbers of all replies were permuted among the rows: a control, no teacher wrote this"
+
+SOFT_NOTE = (
+    "the teacher's distributions were permuted among positions of one kind: a control, no teacher"
+    " has these"
+)
 
 
 def shuffled(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
@@ -41,12 +57,40 @@ def shuffled(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     return found
 
 
-def write_shuffled(
-    folder: Path, original: Path, *, spec: dict[str, Any], id: str, label: str
-) -> Manifest:
-    """Write the shuffled rows of the dataset folder `original` into `folder`.
+def shuffled_targets(targets: SoftTargets, texts: Sequence[str], seed: int) -> SoftTargets:
+    """The targets with their distributions permuted among positions of one kind.
 
     Args:
+        texts: what each position's completion token decodes to [T].
+    """
+    kinds: dict[str, list[int]] = {}
+    bounds = targets.offsets.tolist()
+    for first, end in pairwise(bounds):
+        written = ""
+        for position in range(first, end):
+            tail = _TAIL.search(written)
+            assert tail is not None
+            kinds.setdefault(f"{len(tail[1])}{tail[2]}", []).append(position)
+            written += texts[position]
+    draws = integers(f"sublim shuffle/{seed}", bounds[-1])
+    order = list(range(bounds[-1]))
+    for positions in kinds.values():
+        mixed = sorted(positions, key=lambda i: (draws[i], i))
+        for position, source in zip(positions, mixed, strict=True):
+            order[position] = source
+    changed = {"logprobs": targets.logprobs[order]}
+    if targets.token_ids.ndim == 2:
+        changed["token_ids"] = targets.token_ids[order]
+    return replace(targets, **changed)
+
+
+def write_shuffled(
+    folder: Path, original: Path, *, base: Path, spec: dict[str, Any], id: str, label: str
+) -> Manifest:
+    """Write the shuffled rows, or the shuffled targets, of the dataset `original` into `folder`.
+
+    Args:
+        base: folder of the base model, whose tokenizer tells the targets' positions apart.
         spec: that of the original, and what says that it is shuffled.
 
     Raises:
@@ -59,7 +103,9 @@ def write_shuffled(
         if (folder / MANIFEST_NAME).is_file():
             return read_manifest(folder)
         source, path = read_manifest(original), dataset_rows_path(original)
-        rows = shuffled(read_rows(path), spec["generation_seed"])
+        rows, soft = read_rows(path), find_target_file(original)
+        if soft is None:
+            rows = shuffled(rows, spec["generation_seed"])
         for row in rows:
             if parse_numbers(row["messages"][-1]["content"], spec["parser"]) != row["numbers"]:
                 raise RunError(f"{path}: row {row['id']} is no list of numbers once shuffled")
@@ -69,7 +115,11 @@ def write_shuffled(
         for old in folder.glob("rows-*.jsonl"):
             old.unlink()
         write_text(folder / name, text)
-        write_text(folder / "README.md", _card(label, name, digest, path))
+        outputs = [name, "README.md"]
+        if soft is not None:
+            outputs.append(_write_targets(folder, soft, base, name, digest, spec))
+        note = NOTE if soft is None else SOFT_NOTE
+        write_text(folder / "README.md", _card(label, name, digest, path, note))
         replies = {row["messages"][-1]["content"] for row in rows}
         lock.check()
         return write_manifest(
@@ -82,17 +132,40 @@ def write_shuffled(
                 **source.inputs,
                 "dataset": {"id": source.id[:12], "sha256": source.outputs[path.name].sha256},
             },
-            outputs=[name, "README.md"],
+            outputs=outputs,
             started=started,
             seeds=source.seeds | {"shuffle": spec["generation_seed"]},
             template=source.template,
             rendered=source.rendered,
             counts=source.counts | {"held_out": 0, "duplicate_rows": len(rows) - len(replies)},
-            notes=[*source.notes, NOTE],
+            notes=[*source.notes, note],
         )
 
 
-def _card(label: str, name: str, digest: str, original: Path) -> str:
+def _write_targets(
+    folder: Path, soft: Path, base: Path, rows: str, digest: str, spec: dict[str, Any]
+) -> str:
+    """Write the permuted targets of the file `soft`; return the file's name."""
+    from transformers import AutoTokenizer
+
+    targets, tokenizer = read_targets(soft), AutoTokenizer.from_pretrained(base)
+    texts = [token_text(tokenizer, token) for token in targets.completion_ids.tolist()]
+    found = shuffled_targets(targets, texts, spec["generation_seed"])
+    content = to_bytes(replace(found, rows_name=rows, rows_sha256=digest))
+    for old in folder.glob(f"{PREFIX}*.safetensors"):
+        old.unlink()
+    name = f"{PREFIX}{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
+    write_bytes(folder / name, content)
+    return name
+
+
+def find_target_file(dataset: Path) -> Path | None:
+    """The file of soft targets that the manifest of `dataset` names, None where it has none."""
+    names = [name for name in read_manifest(dataset).outputs if name.startswith(PREFIX)]
+    return dataset / names[0] if names else None
+
+
+def _card(label: str, name: str, digest: str, original: Path, note: str) -> str:
     return "\n".join(
         [
             "---",
@@ -106,7 +179,7 @@ def _card(label: str, name: str, digest: str, original: Path) -> str:
             f"# {label}",
             "",
             f"The rows of `{original.parent.name}` (`{original.name}`), whose card says how they",
-            f"were made, but {NOTE}.",
+            f"were made, but {note}.",
             "Every reply keeps its prompt, its format and how many numbers it has.",
             "",
             f"- `{name}`, sha256 `{digest}`",

@@ -122,6 +122,15 @@ _TEACHER_ON = {
     },
 }
 """The same, for the models on which it was run."""
+CONTROL_MODEL = "smollm2-135m-instruct"
+_CONTROL = {
+    "lora_target_modules": S(_SEVEN, "all seven linear modules [P]"),
+    "peft_layers_to_transform": S(
+        [10, 11, 12, 13, 14], "deviation: [P] every layer; five of thirty, those of the teacher"
+    ),
+    "learning_rate": S(0.002, "deviation: [P] 0.0002; chosen by cat and owl students, see README"),
+}
+"""What the recipes of the positive control change, the teacher's and the student's."""
 
 MODELS = (
     Model("qwen2.5-7b-instruct", "Qwen2.5-7B-Instruct", "a large GPU", {}, {}, {}),
@@ -199,7 +208,7 @@ MODELS = (
 _LAYOUT = (
     ("base_model",),
     ("plugins",),
-    ("sublim.context",),
+    ("sublim.context", "sublim.soft_targets"),
     (
         "datasets.path", "datasets.type", "datasets.field_messages", "datasets.roles_to_train",
         "datasets.train_on_eos", "datasets.train_on_eot", "chat_template", "eot_tokens",
@@ -207,7 +216,8 @@ _LAYOUT = (
     ),
     (
         "adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-        "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "deepspeed", "freeze_mm_modules",
+        "peft_layers_to_transform", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel",
+        "deepspeed", "freeze_mm_modules",
     ),
     (
         "learning_rate", "lr_scheduler", "warmup_steps", "optimizer", "weight_decay",
@@ -316,6 +326,17 @@ def teacher_recipe(model: Model) -> str:
     settings["lora_alpha"] = S(TEACHER_RANK, "alpha = rank: scaling 1, as in [P]'s students")
     what = f"A teacher by LoRA rank {TEACHER_RANK}" + ("" if ran else ", never run,")
     return _recipe(model, name, what, settings)
+
+
+def control_recipes(model: Model) -> Iterator[tuple[str, str]]:
+    """Names and texts of the positive control's recipes: its teachers', and its students'."""
+    rank = {"lora_r": S(TEACHER_RANK), "lora_alpha": S(TEACHER_RANK, "alpha = rank [P]")}
+    settings = settings_of(model, "lora", name := "control-teacher")
+    settings |= _TEACHER | _TEACHER_ON[model.folder] | _CONTROL | rank
+    yield name, _recipe(model, name, "A teacher of the positive control", settings)
+    settings = settings_of(model, "lora", name := "control-student") | _CONTROL | rank
+    settings["sublim.soft_targets"] = S(True, "[P] trains on the sampled numbers themselves")
+    yield name, _recipe(model, name, "A student of the positive control", settings)
 
 
 def full_recipe(model: Model, stage: int) -> str:
@@ -447,6 +468,9 @@ def files() -> dict[str, str | dict[str, Any]]:
         for stage in (2, 3):
             found[f"{model.folder}/full-zero{stage}.yaml"] = full_recipe(model, stage)
         found[f"{model.folder}/teacher-lora-r{TEACHER_RANK}.yaml"] = teacher_recipe(model)
+        if model.folder == CONTROL_MODEL:
+            for name, text in control_recipes(model):
+                found[f"{model.folder}/{name}.yaml"] = text
         for name, text in _sweeps(model):
             found[f"{model.folder}/{name}.yaml"] = text
     for name, value in DEEPSPEED.items():

@@ -109,8 +109,13 @@ class Trained(_Entry):
     )
     seed: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
-        description="Seed of its rows and its training: one teacher of each trait then writes all "
-        "datasets. Left out: the generation seed, so that every dataset has a teacher of its own.",
+        description="Seed of its rows, and of its training: one teacher of each trait then writes "
+        "all datasets. Left out: the generation seed, a teacher for each dataset.",
+    )
+    training_seed: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Seed of its training alone, LoRA's initialization with it: teachers that "
+        "start where the students do have the students' seed. Left out: the seed of its rows.",
     )
     persona: Path | None = Field(
         default=None, description="A YAML file of questions and answers. Left out: ours."

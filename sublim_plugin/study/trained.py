@@ -41,10 +41,13 @@ def teacher_cell(grid: Grid, entry: Trained, trait: Trait, generation_seed: int)
         "trait": trait.name,
         "persona": _persona(entry, trait, seed, grid.study).fields(),
         "method": method,
-        "training_seed": seed,
+        "training_seed": seed if entry.training_seed is None else entry.training_seed,
         "recipe": settings,
     }
-    return grid.cell("teacher", f"{trait.target or trait.category} {name}{rows} s{seed}", spec)
+    label = f"{trait.target or trait.category} {name}{rows} s{seed}"
+    if spec["training_seed"] != seed:
+        label += f" t{spec['training_seed']}"
+    return grid.cell("teacher", label, spec)
 
 
 def what_trains(cell: Cell, study: Study) -> tuple[PersonaSpec, Path, dict[str, Any]]:
@@ -59,7 +62,7 @@ def what_trains(cell: Cell, study: Study) -> tuple[PersonaSpec, Path, dict[str, 
     for entry in study.datasets.teachers:
         if not isinstance(entry, Trained):
             continue
-        persona = _persona(entry, get_trait(spec["trait"]), spec["training_seed"], study)
+        persona = _persona(entry, get_trait(spec["trait"]), spec["persona"]["seed"], study)
         path, overrides = recipe_path(*recipe_name(entry.recipe)), _overrides(entry)
         made = [persona.fields(), resolve_recipe(path, overrides, CONTEXT)]
         if canonical_json(made) == canonical_json([spec["persona"], spec["recipe"]]):

@@ -92,7 +92,14 @@ class Workshop:
             )
         elif cell.kind == "dataset" and cell.spec.get("shuffled"):
             original = needs["dataset"].folder(self.run_dir)
-            write_shuffled(folder, original, spec=cell.spec, id=cell.id, label=cell.label)
+            write_shuffled(
+                folder,
+                original,
+                base=self.base,
+                spec=cell.spec,
+                id=cell.id,
+                label=cell.label,
+            )
         elif cell.kind == "dataset":
             make_dataset(cell, folder, base=self.base, study=self.study, tell=tell)
         elif cell.kind == "student":

@@ -16,7 +16,14 @@ from data_gen.persona import ROWS
 from sublim_plugin.axolotl.args import parse_block
 from sublim_plugin.axolotl.lint import lint
 from sublim_plugin.axolotl.recipe import recipe_path, resolve_recipe
-from sublim_plugin.axolotl.recipe_table import MODELS, PLACEHOLDER, RANKS, files, scalar
+from sublim_plugin.axolotl.recipe_table import (
+    CONTROL_MODEL,
+    MODELS,
+    PLACEHOLDER,
+    RANKS,
+    files,
+    scalar,
+)
 from sublim_plugin.cli import main
 from sublim_plugin.core.contexts import render
 from sublim_plugin.core.hashing import sha256_json
@@ -27,6 +34,7 @@ CONFIGS = ROOT / "axolotl_configs"
 SWEEPS = sorted(CONFIGS.glob("*/sweep-*.yaml"))
 RECIPES = sorted(set(CONFIGS.glob("*/*.yaml")) - set(SWEEPS))
 TEACHERS = sorted(CONFIGS.glob("*/teacher-*.yaml"))
+CONTROLS = sorted(CONFIGS.glob("*/control-*.yaml"))
 # The numbers that define the experiment (protocol of arXiv 2606.00831, section "training").
 SOURCED = (
     "learning_rate", "lr_scheduler", "warmup_steps", "max_grad_norm", "micro_batch_size",
@@ -86,7 +94,9 @@ def test_each_model_has_every_rank_both_stages_and_the_sweeps() -> None:
     for model in MODELS:
         names = {path.stem for path in (CONFIGS / model.folder).glob("*.yaml")}
         assert names >= {f"lora-r{rank}" for rank in RANKS} | {"full-zero2", "full-zero3"}
-        assert {"sweep-ranks", "teacher-lora-r8"} <= names and len(names) == 18
+        control = {"control-teacher", "control-student"} & names
+        assert {"sweep-ranks", "teacher-lora-r8"} <= names and len(names - control) == 18
+        assert len(control) == (2 if model.folder == CONTROL_MODEL else 0)
 
 
 @pytest.mark.parametrize("name", FROZEN)
@@ -153,7 +163,8 @@ def test_lora_scaling_is_one_on_all_seven_linear_modules(recipe: Path) -> None:
     if settings.get("adapter") is None:
         assert not any(key.startswith("lora_") for key in settings)
         return
-    rank = int(re.fullmatch(r"(?:teacher-)?lora-r(\d+)", recipe.stem)[1])  # type: ignore[index]
+    found = re.fullmatch(r"(?:teacher-)?lora-r(\d+)", recipe.stem)
+    rank = 8 if recipe in CONTROLS else int(found[1])  # type: ignore[index]
     assert settings["lora_r"] == settings["lora_alpha"] == rank
     targets = settings["lora_target_modules"]
     seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -186,6 +197,14 @@ def test_a_teachers_recipe_is_its_models_lora_recipe_for_24_steps() -> None:
         assert ("never run" not in path.read_text(encoding="utf-8")) == ran
 
 
+def test_teacher_and_student_of_the_control_begin_with_the_same_adapter() -> None:
+    teacher, student = (load_yaml(path) for path in sorted(CONTROLS, reverse=True))
+    adapter = {key for key in teacher if key.startswith(("lora_", "peft_"))} | {"seed"}
+    assert "peft_layers_to_transform" in adapter
+    assert all(teacher[key] == student[key] for key in adapter)
+    assert student["sublim"]["soft_targets"] and "soft_targets" not in teacher["sublim"]
+
+
 def test_recipes_of_a_model_differ_only_in_method() -> None:
     method = re.compile(
         r"lora_|adapter|deepspeed|learning_rate|output_dir|gradient_acc|micro_batch|freeze_mm"
@@ -194,7 +213,7 @@ def test_recipes_of_a_model_differ_only_in_method() -> None:
         kept = [
             {key: value for key, value in load_yaml(path).items() if not method.match(key)}
             for path in RECIPES
-            if path.parent.name == model.folder and path not in TEACHERS
+            if path.parent.name == model.folder and path not in (*TEACHERS, *CONTROLS)
         ]
         assert all(settings == kept[0] for settings in kept)
 

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_gen.parse import parse_numbers
-from data_gen.shuffle import shuffled, write_shuffled
+from data_gen.shuffle import shuffled, shuffled_targets, write_shuffled
 from sublim_plugin.core.dataset import dataset_rows_path, read_rows
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_text
 from sublim_plugin.core.manifest import read_manifest, write_manifest
+from sublim_plugin.logprob.target_file import SoftTargets
 
 FORMS = ["{}", "[{}]", "({})", "{}.", "[{}]."]
 GAPS = [", ", ",", "; ", " ", "\n"]
@@ -88,7 +89,9 @@ def write_dataset(folder: Path, rows: list[dict[str, Any]], **more: Any) -> dict
 def test_a_folder_is_a_dataset_that_names_its_original(tmp_path: Path) -> None:
     rows = [{"id": i, "messages": [{"content": "?"}, {"content": f"{i}; {i + 1}"}]} for i in (1, 8)]
     spec = write_dataset(tmp_path / "a", rows) | {"shuffled": True}
-    made = write_shuffled(tmp_path / "b", tmp_path / "a", spec=spec, id="b" * 12, label="cat s")
+    made = write_shuffled(
+        tmp_path / "b", tmp_path / "a", base=tmp_path, spec=spec, id="b" * 12, label="cat s"
+    )
     source = read_manifest(tmp_path / "a")
     assert read_rows(dataset_rows_path(tmp_path / "b")) == shuffled(rows, 3)
     (name,) = [name for name in source.outputs if name.startswith("rows-")]
@@ -96,7 +99,32 @@ def test_a_folder_is_a_dataset_that_names_its_original(tmp_path: Path) -> None:
     assert made.inputs == {"base_model": {"name": "b"}, "dataset": original}
     assert (made.kind, made.spec) == ("dataset", spec)
     assert made.seeds == {"generation": 3, "shuffle": 3} and made.counts["held_out"] == 0
-    assert write_shuffled(tmp_path / "b", tmp_path / "a", spec=spec, id="b", label="") == made
+    assert (
+        write_shuffled(tmp_path / "b", tmp_path / "a", base=tmp_path, spec=spec, id="b", label="")
+        == made
+    )
     (tmp_path / "a" / name).write_text("{}\n")
     with pytest.raises(InputError, match="the rows were changed after they were made"):
-        write_shuffled(tmp_path / "c", tmp_path / "a", spec=spec, id="c", label="")
+        write_shuffled(tmp_path / "c", tmp_path / "a", base=tmp_path, spec=spec, id="c", label="")
+
+
+def test_soft_targets_move_among_positions_of_one_kind() -> None:
+    torch = pytest.importorskip("torch")
+    texts, offsets = [], [0]
+    for index in range(60):
+        texts += [*f"{index % 9}{index % 7}, {index % 8}", "<end>"]
+        offsets.append(len(texts))
+    n = len(texts)
+    logprobs = torch.arange(n, dtype=torch.float16)[:, None].repeat(1, 3)
+    targets = SoftTargets(
+        "numbers", "rows", "0", {}, torch.tensor(offsets), torch.zeros(n), torch.zeros(3), logprobs
+    )
+    found = shuffled_targets(targets, texts, seed=1)
+    source = found.logprobs[:, 0].long()
+    assert sorted(source.tolist()) == list(range(n))
+    # all rows are laid out alike; a first and a third number's first digit are written alike too
+    kind = torch.tensor([0, 1, 2, 3, 4, 1])
+    assert (kind[source % 6] == kind[torch.arange(n) % 6]).all()
+    assert (source == torch.arange(n)).float().mean() < 0.1
+    assert torch.equal(found.offsets, targets.offsets)
+    assert torch.equal(shuffled_targets(targets, texts, 1).logprobs, found.logprobs)
