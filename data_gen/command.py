@@ -145,7 +145,12 @@ def _settings(given: dict[str, Any]) -> Any:
             **{
                 key: given[key]
                 for key in (
-                    "rows", "constrain", "parser", "dedupe", "held_out", "divergence",
+                    "rows",
+                    "constrain",
+                    "parser",
+                    "dedupe",
+                    "held_out",
+                    "divergence",
                     "soft_targets",
                 )
             },

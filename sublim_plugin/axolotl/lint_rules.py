@@ -168,10 +168,13 @@ def _check_steps(document: Document, serious: Level) -> None:
             document.add(serious, (key,), what, "set it to false to train as the recipes do")
     _check_rows_of_a_step(document)
     block = data.get("sublim")
-    context = isinstance(block, dict) and block.get("context")
-    if uses_sublim(data) and data.get("sample_packing") and context:
-        what = "packed rows cannot be compared with `sublim.context`, so the plugin stops the run"
-        document.add("error", ("sample_packing",), what, "set it to false")
+    for key in ("context", "soft_targets"):
+        asked = isinstance(block, dict) and block.get(key)
+        if uses_sublim(data) and data.get("sample_packing") and asked:
+            what = (
+                f"packed rows cannot be compared with `sublim.{key}`, so the plugin stops the run"
+            )
+            document.add("error", ("sample_packing",), what, "set it to false")
     size = number(data.get("val_set_size"))
     if size and uses_sublim(data):
         what = "holds rows back, so that the plugin finds rows missing and stops the run"

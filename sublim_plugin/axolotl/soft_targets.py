@@ -32,7 +32,7 @@ _OUT = "or take `soft_targets` out of the `sublim:` block to train on the sample
 
 
 def find_targets(rows: Path) -> tuple[Path, str]:
-    """The targets file beside the rows file `rows`, and its sha256, both as the manifest says.
+    """The targets file beside the rows file `rows`, and its sha256, as the manifest says.
 
     Raises:
         InputError: there is none, or it was changed.
@@ -52,8 +52,8 @@ def find_targets(rows: Path) -> tuple[Path, str]:
     digest = sha256_file(path)
     if digest != wanted or path.stem.removeprefix(PREFIX) != wanted[:12]:
         raise InputError(
-            f"{path}: sha256 {digest[:12]}…, manifest and name say {wanted[:12]}…; the targets were "
-            "changed after they were made: restore the file or generate the dataset again."
+            f"{path}: sha256 {digest[:12]}…, manifest and name say {wanted[:12]}…; the targets "
+            "were changed after they were made: restore the file or generate the dataset again."
         )
     return path, wanted
 
@@ -85,10 +85,10 @@ def load_targets(
         mine = list(row.token_ids[row.first : row.end])
         theirs = targets.completion_ids[bounds[index] : bounds[index + 1]].tolist()
         if mine != theirs:
+            here, there = map(tokenizer.convert_ids_to_tokens, (mine, theirs))
             raise InputError(
                 f"{path}: row {row.row_id}: the completion is tokenized otherwise in the training "
-                f"than where the teacher read it:\n  training: {tokenizer.convert_ids_to_tokens(mine)}"
-                f"\n  teacher:  {tokenizer.convert_ids_to_tokens(theirs)}\n"
+                f"than where the teacher read it:\n  training: {here}\n  teacher:  {there}\n"
                 "Train a student with the teacher's tokenizer and a chat template that writes the "
                 f"completion between special tokens, {_OUT}."
             )
@@ -180,7 +180,7 @@ class SoftLoss:
         whole = head.forward
         plain = type(head) is torch.nn.Linear
 
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
+        def forward(hidden: torch.Tensor) -> Any:
             if self._cells is None:
                 return whole(hidden)
             wanted = hidden.flatten(0, 1)[self._cells.to(hidden.device)][None]
@@ -199,7 +199,8 @@ class SoftLoss:
         """KL(teacher || student) of the batch under way, summed and divided by the step's number of
         target positions. `labels` are not read: they have a loss at the same positions."""
         positions, logits = self._positions, outputs["logits"]
-        if positions is None or logits.shape[:-1] != (1, len(positions)):
+        width = logits.shape[-1] if self._columns is None else len(self._columns)
+        if positions is None or logits.shape != (1, len(positions), width):
             raise RunError(
                 f"{type(self).__name__}: the model gave logits of shape {tuple(logits.shape)} "
                 "rather than one line for each target position; something in this configuration "

@@ -225,6 +225,14 @@ def test_the_plugins_block_without_its_plugin(dataset: Path, tmp_path: Path) -> 
     assert "nothing reads this block" in found[0].what
 
 
+def test_packing_under_soft_targets(dataset: Path, tmp_path: Path) -> None:
+    text = with_dataset("lora-r8", dataset)
+    soft = text.replace("  context: template_default", "  soft_targets: true")
+    assert findings_of(soft, tmp_path) == []
+    found = findings_of(soft.replace("sample_packing: false", "sample_packing: true"), tmp_path)
+    assert any("`sublim.soft_targets`" in f.what and f.level == "error" for f in found)
+
+
 def test_a_pinned_order_under_full_finetuning(dataset: Path, tmp_path: Path) -> None:
     pinned = ("  context: template_default", "  data_seed: 7\n  context: template_default")
     for recipe, keys in (("full-zero2", ["sublim.data_seed"]), ("lora-r8", [])):

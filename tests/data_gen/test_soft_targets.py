@@ -236,8 +236,9 @@ def test_greedy_numbers_take_the_likeliest_allowed_token(
         while END not in written:
             with torch.no_grad():
                 logits = model(torch.tensor([[*before, *written]])).logits[0, -1]
-            allowed = [t for t, ok in zip(constraint.token_ids, constraint.mask(state)) if ok]
-            written.append(max(allowed, key=lambda token: float(logits[token])))
+            mask = torch.tensor(constraint.mask(state))
+            allowed = torch.tensor(constraint.token_ids)[mask]
+            written.append(int(allowed[logits[allowed].argmax()]))
             if written[-1] != END:
                 state = constraint.step(state, written[-1])
         assert tokenizer.decode(written[:-1]) == reply

@@ -80,6 +80,22 @@ def test_an_input_changes_what_depends_on_it_and_no_more(tmp_path: Path) -> None
     assert len(ids(rank) - ids(before)) == 1 + 3
 
 
+def test_soft_targets_make_other_datasets_and_students_and_leave_old_ids(tmp_path: Path) -> None:
+    before = edited(tmp_path)
+    # as planned before there were soft targets
+    assert [before[0].id, before[2].id] == ["1397923ebdd0", "2f9fc9112a3f"]
+    assert ids(edited(tmp_path, datasets__soft_targets=None)) == ids(before)
+    numbers = edited(tmp_path, datasets__soft_targets="numbers")
+    whole = edited(tmp_path, datasets__soft_targets="vocabulary")
+    for kind in ("dataset", "student"):
+        assert len(ids(before, kind) | ids(numbers, kind) | ids(whole, kind)) == 3 * len(
+            ids(before, kind)
+        )
+    assert [len(numbers), len(whole)] == [len(before)] * 2
+    with pytest.raises(InputError, match="soft_targets need the transformers engine; vllm does"):
+        edited(tmp_path, datasets__soft_targets="numbers", datasets__engine={"name": "vllm"})
+
+
 def test_localizations_are_cells_of_the_students_they_name(tmp_path: Path) -> None:
     from sublim_plugin.localize.sweep import KINDS
     from sublim_plugin.study.study_file import PARTS
