@@ -7,6 +7,7 @@ a process that was forked after CUDA was looked at cannot use it.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -69,6 +70,10 @@ def _train(command: list[str], log: str, environment: dict[str, str], cwd: str) 
     # read when `datasets` was imported
     datasets.config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])
     multiprocessing.current_process().daemon = False  # it may have children, to tokenize
+    # as in an axolotl that was started by itself: else each process that reads batches would come
+    # from another fork server, which imports everything once more
+    multiprocessing.set_start_method("fork", force=True)
+    gc.freeze()  # what was imported stays, so that each of the hosts' collections need not look
     sys.argv = ["axolotl", *command]
     from axolotl.cli.main import main
 

@@ -30,8 +30,11 @@ from pydantic import BaseModel, ConfigDict
 from sublim_plugin.axolotl.weights import SafetensorsFolder, tied
 from sublim_plugin.core.errors import InputError
 
-# Rows of a weight compared at once, so that a large embedding never needs a float64 copy whole.
-_ROWS_AT_ONCE = 8192
+# Weights whose squares are summed at once. On a CPU so few that their float64 copies stay in its
+# cache and torch does not divide them among threads, whose waiting for each other takes longer than
+# the sum; elsewhere so many that a large embedding never needs a float64 copy whole.
+_AT_ONCE_ON_CPU = 1 << 14
+_AT_ONCE = 1 << 25
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _NOT_TEXT = re.compile(r"(?:^|\.)(vision\w*|audio\w*|multi_modal\w*)\.")
 
@@ -196,17 +199,21 @@ def same_weights(ours: SafetensorsFolder, theirs: SafetensorsFolder) -> list[str
 
 def squared_difference(new: Any, old: Any) -> float:
     """Sum of squares of new - old (tensors of one shape), accumulated in float64."""
-    total = 0.0
-    for rows_new, rows_old in zip(new.split(_ROWS_AT_ONCE), old.split(_ROWS_AT_ONCE), strict=True):
-        difference = rows_new.double() - rows_old.double()
-        total += float((difference * difference).sum())
-    return total
+    pieces = zip(_pieces(new), _pieces(old), strict=True)
+    return math.fsum(_sum_of_squares(ours.double() - theirs.double()) for ours, theirs in pieces)
 
 
 def _square(weight: Any) -> float:
-    return math.fsum(
-        float((rows.double() * rows.double()).sum()) for rows in weight.split(_ROWS_AT_ONCE)
-    )
+    return math.fsum(_sum_of_squares(piece.double()) for piece in _pieces(weight))
+
+
+def _pieces(weight: Any) -> Any:
+    on_cpu = weight.device.type == "cpu"
+    return weight.reshape(-1).split(_AT_ONCE_ON_CPU if on_cpu else _AT_ONCE)
+
+
+def _sum_of_squares(values: Any) -> float:
+    return float((values * values).sum())
 
 
 def place(name: str) -> tuple[str, str]:

@@ -46,6 +46,9 @@ def open_gloo_group() -> bool:
         return False
     import deepspeed.comm
 
+    # an extension that only inference uses, and for which the first training of a machine would
+    # wait half a minute, for its compiler
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     atexit.register(destroy_group)
     return True
