@@ -34,7 +34,8 @@ KILLS = int(os.environ.get("CHAOS_KILLS", "200"))
 MINUTES = float(os.environ.get("CHAOS_MINUTES", "24"))
 SEED = int(os.environ.get("CHAOS_SEED", str(random.SystemRandom().randrange(10**6))))
 
-PATIENCE_S = 30.0
+PATIENCE_S, PAUSE_S = 30.0, 10.0
+"""How long is waited at most for a training or a cell, and between two kills; less when late."""
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
 
@@ -69,13 +70,19 @@ def test_random_kills_lose_nothing(
                 finished = {}
             runs = [quietly(study, folder, mark) for _ in range(1 + (chance.random() < 0.15))]
         number = sum(killed.values())
+        left = (deadline - time.monotonic()) / (KILLS - number)
+        patience, pause = min(PATIENCE_S, 5 * left), min(PAUSE_S, left)
         if number % 8 == 3:
-            awaited = until(lambda: "training" in by_kind(mark), mark)
+            awaited = until(lambda: "training" in by_kind(mark), mark, patience)
         elif number % 8 == 7:
-            awaited = until(partial(differs, folder, done_in(folder)), mark)
+            awaited = until(partial(differs, folder, done_in(folder)), mark, patience)
         else:
             awaited = False
-        time.sleep(chance.uniform(0.05, 3.0) if chance.random() < 0.5 else chance.uniform(0, 10))
+        time.sleep(
+            chance.uniform(0.05, min(3.0, pause))
+            if chance.random() < 0.5
+            else chance.uniform(0, pause)
+        )
         victims = by_kind(mark)
         if not victims:
             continue
@@ -134,9 +141,9 @@ def kind(pid: int) -> str:
     return "other"
 
 
-def until(moment: Callable[[], bool], mark: str) -> bool:
-    """Whether the moment came, within `PATIENCE_S` and while a run was alive."""
-    deadline = time.monotonic() + PATIENCE_S
+def until(moment: Callable[[], bool], mark: str, patience: float) -> bool:
+    """Whether the moment came, within `patience` seconds and while a run was alive."""
+    deadline = time.monotonic() + patience
     while not (now := moment()) and time.monotonic() < deadline and marked(mark):
         time.sleep(0.05)
     return now
