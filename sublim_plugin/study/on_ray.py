@@ -85,7 +85,8 @@ def _connected(address: str | None) -> Any:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             ray.init(
-                address=address,
+                # without an address Ray would wait for a cluster that once ran here and is gone
+                address=address or os.environ.get("RAY_ADDRESS") or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": {k: os.environ[k] for k in PASSED_ON if k in os.environ}},
