@@ -21,7 +21,7 @@ from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import canonical_json, sha256_json, sha256_text
 from sublim_plugin.core.lock import cell_lock
-from sublim_plugin.core.manifest import MANIFEST_NAME, Manifest, verify, write_manifest
+from sublim_plugin.core.manifest import Manifest, is_done, verify, write_manifest
 from sublim_plugin.core.strict_yaml import load_model, nearest
 from sublim_plugin.core.traits import NEUTRAL, Trait
 from sublim_plugin.core.versions import installed
@@ -185,7 +185,7 @@ def write_persona(folder: Path, spec: PersonaSpec, *, label: str = "") -> Manife
     started = time.time()
     fields = spec.fields()
     with cell_lock(folder):
-        if (folder / MANIFEST_NAME).is_file():
+        if is_done(folder):
             manifest = verify(folder)
             if manifest.kind != KIND or canonical_json(manifest.spec) != canonical_json(fields):
                 raise InputError(

@@ -28,7 +28,7 @@ from sublim_plugin.core.dataset import dataset_rows_path, read_rows
 from sublim_plugin.core.errors import RunError
 from sublim_plugin.core.hashing import sha256_text
 from sublim_plugin.core.lock import cell_lock
-from sublim_plugin.core.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from sublim_plugin.core.manifest import Manifest, is_done, read_manifest, write_manifest
 from sublim_plugin.decoding.draws import integers
 from sublim_plugin.logprob.target_file import PREFIX, SoftTargets, read_targets, to_bytes
 
@@ -100,7 +100,7 @@ def write_shuffled(
     """
     started = time.time()
     with cell_lock(folder) as lock:
-        if (folder / MANIFEST_NAME).is_file():
+        if is_done(folder):
             return read_manifest(folder)
         source, path = read_manifest(original), dataset_rows_path(original)
         rows, soft = read_rows(path), find_target_file(original)

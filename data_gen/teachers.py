@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_file, sha256_json
-from sublim_plugin.core.manifest import MANIFEST_NAME, verify
+from sublim_plugin.core.manifest import is_done, verify
 from sublim_plugin.core.traits import Trait
 
 STEERING_PROMPTS = 64
@@ -126,7 +126,7 @@ def finetuned(folder: Path, context: Context | None = None) -> FinetunedTeacher:
     """
     context = context or Context(kind="template_default")
     identity = {}
-    if (folder / MANIFEST_NAME).is_file():
+    if is_done(folder):
         manifest = verify(folder)
         if manifest.kind not in TRAINED:
             raise InputError(

@@ -16,6 +16,7 @@ from typing import Any
 
 from sublim_plugin.axolotl.checkpoints import RUN, SET_ASIDE
 from sublim_plugin.axolotl.forked import Forked
+from sublim_plugin.axolotl.prepared import HOST_CACHE, give, take
 from sublim_plugin.axolotl.receipt import RECEIPT_NAME, Receipt, read_receipt
 from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.contexts import Context
@@ -178,6 +179,7 @@ def run_training(
     progress: Callable[[int, int], None] | None = None,
     launcher: str = "python",
     forked: bool = False,
+    shared_rows: Path | None = None,
 ) -> Receipt:
     """Run `axolotl train` on `yaml_path` and return the receipt of the finished model.
 
@@ -191,6 +193,8 @@ def run_training(
     `launcher`: axolotl's; its default, `accelerate`, sets one thread per process on a CPU.
     `forked`: without axolotl's imports, from a process that has done them (see `axolotl.forked`;
     where there are many trainings, on a CPU, with the launcher `python`).
+    `shared_rows`: a folder that trainings of the same rows, context and template name, so that
+    axolotl tokenizes them once; it may not be there yet, and goes where a training on it fails.
 
     Raises:
         InputError: the plugin refused the YAML, the model or the dataset (axolotl exited with 2).
@@ -203,6 +207,7 @@ def run_training(
     _clear(partial, prepared, keep_checkpoints=resumable)
     partial.mkdir(parents=True, exist_ok=True)
     (partial / RECEIPT_NAME).unlink(missing_ok=True)
+    taken = shared_rows is not None and take(shared_rows, prepared)
     command = ["train", str(yaml_path.resolve()), "--launcher", launcher]
     command += ["--output-dir", str(partial)]
     try:
@@ -211,9 +216,13 @@ def run_training(
         if code == 0 and (partial / RECEIPT_NAME).is_file():
             receipt = read_receipt(partial)
             _install(partial, output_dir)
+            if shared_rows is not None:
+                give(prepared, shared_rows)
             return receipt
     finally:
         _clear(partial, prepared, keep_checkpoints=resumable)
+    if taken and shared_rows is not None:
+        shutil.rmtree(shared_rows, ignore_errors=True)
     lines = _log_lines(log_path)
     refused = [line for line in lines if line.startswith(_PLUGIN_ERROR)]
     if code == InputError.exit_code and refused:
@@ -234,7 +243,7 @@ def _environment(prepared: Path, env: Mapping[str, str] | None) -> dict[str, str
     ours = dict(os.environ)
     # Telemetry sleeps ten seconds at the start of every run.
     ours["AXOLOTL_DO_NOT_TRACK"] = "1"
-    ours["HF_DATASETS_CACHE"] = str(prepared / "datasets")
+    ours["HF_DATASETS_CACHE"] = str(prepared / HOST_CACHE)
     ours["PYTHONUNBUFFERED"] = "1"
     ours.pop("TQDM_DISABLE", None)  # progress is read off the trainer's bar
     # Threads that wait without spinning: beside another busy process, spinning costs many times

@@ -115,6 +115,11 @@ def write_manifest(
     return manifest
 
 
+def is_done(folder: Path) -> bool:
+    """Whether the folder has its manifest, which is written last."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read a folder's manifest.
 

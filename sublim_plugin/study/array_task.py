@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sublim_plugin.core.base_models import fingerprint, resolve
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.core.manifest import MANIFEST_NAME
+from sublim_plugin.core.manifest import is_done
 from sublim_plugin.study.arrays import array_path, read_array
 from sublim_plugin.study.cells import Cell, plan
 from sublim_plugin.study.run import Terminated, local_engine, make_all
@@ -80,7 +80,7 @@ def _ready(
 
 
 def _done(cell: Cell, run_dir: Path) -> bool:
-    return (cell.folder(run_dir) / MANIFEST_NAME).is_file()
+    return is_done(cell.folder(run_dir))
 
 
 def _back_to_the_queue(say: Say) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest
+from sublim_plugin.core.manifest import is_done, read_manifest
 from sublim_plugin.study.run import REPORT
 from sublim_plugin.study.study_file import load_study
 
@@ -50,7 +50,7 @@ def _located(path: Path) -> tuple[str, Path, float | None]:
 
 def _stated_margin(run_dir: Path) -> float | None:
     """The margin of the study file that the run's last report was made from, if there is one."""
-    if not (run_dir / REPORT / MANIFEST_NAME).is_file():
+    if not is_done(run_dir / REPORT):
         return None
     study: Any = yaml.safe_load(read_manifest(run_dir / REPORT).spec.get("study", ""))
     margin = study.get("equivalence_margin") if isinstance(study, dict) else None

@@ -23,8 +23,11 @@ from sublim_plugin.core.errors import BusyError, InputError, RunError
 from sublim_plugin.core.lock import cell_lock, held
 from sublim_plugin.core.manifest import MANIFEST_NAME, find_manifest
 from sublim_plugin.study.cells import Cell
+from sublim_plugin.study.stages import PREPARED
 
-What = Literal["checkpoint", "optimizer", "merged copy", "unfinished", "temporary", "orphan"]
+What = Literal[
+    "checkpoint", "optimizer", "merged copy", "prepared", "unfinished", "temporary", "orphan"
+]
 
 PATTERNS: dict[str, What] = {
     "checkpoint-*": "checkpoint",
@@ -71,6 +74,8 @@ def find(cells: Sequence[Cell], run_dir: Path, *, ids_known: bool) -> list[Item]
     planned = {cell.folder_name for cell in cells}
     found = [_item("temporary", path, run_dir) for path in _temporary(run_dir)]
     found += [_item("temporary", path, run_dir) for path in _temporary(run_dir / "report")]
+    for entry in _entries(run_dir / PREPARED):
+        found.append(_item("prepared", Path(entry.path), run_dir))
     for entry in _entries(inside):
         if entry.is_symlink() or not entry.is_dir() or held(Path(entry.path)):
             continue

@@ -21,7 +21,7 @@ from sublim_plugin.core.base_models import EMBEDDED, fingerprint, is_prepared, r
 from sublim_plugin.core.errors import BusyError, InputError
 from sublim_plugin.core.hashing import sha256_json
 from sublim_plugin.core.lock import cell_lock_in_turn, held
-from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from sublim_plugin.core.manifest import MANIFEST_NAME, is_done, read_manifest, write_manifest
 from sublim_plugin.core.many_objects import many_objects
 from sublim_plugin.core.versions import installed
 from sublim_plugin.study.cells import Cell, plan
@@ -189,7 +189,7 @@ class _Run:
 
     def _look(self, cell: Cell) -> Look:
         folder = cell.folder(self.run_dir)
-        if (folder / MANIFEST_NAME).is_file():
+        if is_done(folder):
             return "done"
         if held(folder):
             self.view.waiting(cell)
@@ -345,6 +345,6 @@ def write_report_if_changed(
 
 
 def _is_current(folder: Path, report_id: str) -> bool:
-    if not (folder / "index.html").is_file() or not (folder / MANIFEST_NAME).is_file():
+    if not (folder / "index.html").is_file() or not is_done(folder):
         return False
     return read_manifest(folder).id == report_id

@@ -12,9 +12,15 @@ from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.contexts import DEFAULT_DATE, Context
 from sublim_plugin.core.dataset import dataset_rows_path
 from sublim_plugin.core.errors import InputError, RunError
-from sublim_plugin.core.hashing import sha256_text
+from sublim_plugin.core.hashing import sha256_json, sha256_text
 from sublim_plugin.core.lock import cell_lock
-from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest, verify, write_manifest
+from sublim_plugin.core.manifest import (
+    MANIFEST_NAME,
+    is_done,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from sublim_plugin.core.traits import category_traits, get_trait
 from sublim_plugin.decoding.sampler import Sampler
 from sublim_plugin.study.cells import Cell, recipe_of
@@ -23,6 +29,8 @@ from sublim_plugin.study.study_file import Study
 from sublim_plugin.study.teaching import teacher_for
 
 MODEL = "model"
+PREPARED = ".cache/prepared"
+"""In a run folder: rows as axolotl has tokenized them."""
 
 
 def make_dataset(
@@ -79,7 +87,7 @@ def train_student(
     from sublim_plugin.axolotl.recipe import run_training, write_axolotl_yaml
 
     with cell_lock(folder) as lock:
-        if (folder / MANIFEST_NAME).is_file():
+        if is_done(folder):
             return
         started = time.time()
         rows = dataset_rows_path(dataset)
@@ -103,6 +111,7 @@ def train_student(
             progress=progress,
             launcher="accelerate" if n_gpus > 1 else "python",
             forked=n_gpus == 0,
+            shared_rows=_shared_rows(cell, folder, base, source.outputs[rows.name].sha256),
         )
         expected = source.outputs[rows.name].sha256
         if receipt.dataset.sha256 != expected:
@@ -141,6 +150,13 @@ def train_student(
             },
             notes=[receipt.soft_targets.claim] if receipt.soft_targets else [],
         )
+
+
+def _shared_rows(cell: Cell, folder: Path, base: Path, rows_sha256: str) -> Path:
+    """Where the students of one dataset and train context share their tokenized rows."""
+    # the base's hash is over its tokenizer and template too
+    decides = [rows_sha256, fingerprint(base)["sha256"], cell.spec["train_context"]]
+    return folder.parent.parent / PREPARED / sha256_json(decides)[:12]
 
 
 def _stop_where(cell: Cell, cells: Path) -> dict[str, Any]:
@@ -202,7 +218,7 @@ def score_probe(
         progress: called with (prompts scored, prompts in all), or replies where the cell samples.
     """
     with cell_lock(folder) as lock:
-        if (folder / MANIFEST_NAME).is_file():
+        if is_done(folder):
             return
         started = time.time()
         inputs: dict[str, dict[str, Any]] = {"base_model": fingerprint(evaluator.base)}
@@ -263,7 +279,7 @@ def localize_student(
     """Localize a student's trait in one eval context (it resumes by itself; `localize.run`)."""
     from sublim_plugin.localize.run import LocalizeSpec, localize_into
 
-    if (folder / MANIFEST_NAME).is_file():
+    if is_done(folder):
         return
     started = time.time()
     trained = verify(student)

@@ -12,7 +12,7 @@ from sublim_plugin.core.contexts import DEFAULT_DATE
 from sublim_plugin.core.dataset import dataset_rows_path
 from sublim_plugin.core.errors import RunError
 from sublim_plugin.core.lock import cell_lock
-from sublim_plugin.core.manifest import MANIFEST_NAME, write_manifest
+from sublim_plugin.core.manifest import is_done, write_manifest
 from sublim_plugin.study.cells import Cell
 from sublim_plugin.study.stages import MODEL, divided
 from sublim_plugin.study.study_file import Study
@@ -43,7 +43,7 @@ def train_teacher(
 
     persona, recipe, overrides = what_trains(cell, study)
     with cell_lock(folder) as lock:
-        if (folder / MANIFEST_NAME).is_file():
+        if is_done(folder):
             return
         started = time.time()
         rows = write_persona(folder / PERSONA, persona, label=cell.label)

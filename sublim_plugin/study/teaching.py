@@ -17,7 +17,7 @@ from sublim_plugin.core.base_models import cache_folder
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import canonical_json, sha256_json
-from sublim_plugin.core.manifest import MANIFEST_NAME, read_manifest
+from sublim_plugin.core.manifest import is_done, read_manifest
 from sublim_plugin.core.traits import NEUTRAL, Trait, category_traits, get_trait
 from sublim_plugin.study.methods import Alpha, Rank, Rate, Strict, has_alpha
 
@@ -329,7 +329,7 @@ def teacher_for(spec: dict[str, Any], entries: tuple[Entry, ...], cells: Path) -
 
 def _finetuned(folder: Path, context: Context | None) -> FinetunedTeacher:
     """As `finetuned`, with the hashes of its files kept in the cache by size and time."""
-    if (folder / MANIFEST_NAME).is_file():
+    if is_done(folder):
         manifest = read_manifest(folder)
         if manifest.kind not in TRAINED:
             return finetuned(folder, context)  # which says what is wrong

@@ -28,7 +28,7 @@ from data_gen.shuffle import write_shuffled
 from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.base_models import fingerprint, resolve
 from sublim_plugin.core.errors import BusyError, InputError, RunError, SublimError
-from sublim_plugin.core.manifest import MANIFEST_NAME
+from sublim_plugin.core.manifest import is_done
 from sublim_plugin.study.cells import Cell, plan
 from sublim_plugin.study.gpus import gpus
 from sublim_plugin.study.stages import (
@@ -75,7 +75,7 @@ class Workshop:
         folder = cell.folder(self.run_dir)
         needs = {self.cells[need].kind: self.cells[need] for need in cell.needs}
         for need in needs.values():
-            if not (need.folder(self.run_dir) / MANIFEST_NAME).is_file():
+            if not is_done(need.folder(self.run_dir)):
                 raise InputError(f"{folder.name}: needs {need.folder_name}, which is not done")
         if cell.kind != "probe":
             self._evaluator = None
@@ -167,7 +167,7 @@ def make(shop: Workshop, cell_id: str, tell: Tell) -> tuple[int, str | None]:
     except InputError as error:
         return error.exit_code, str(error)
     folder = cell.folder(shop.run_dir)
-    if (folder / MANIFEST_NAME).is_file():
+    if is_done(folder):
         return 0, None
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -128,6 +128,16 @@ def test_temporary_files_go_when_they_are_old(tmp_path: Path) -> None:
     assert new.is_file() and not old.exists()
 
 
+def test_tokenized_rows_that_students_shared_go(tmp_path: Path) -> None:
+    study, run_dir = write_study(tmp_path), tmp_path / "run"
+    finish(cells_of(study)[0], run_dir)
+    write(run_dir / ".cache/prepared/0a1b2c3d4e5f/x/data.arrow")
+    kept = write(run_dir / ".cache/table")
+    assert found(study, run_dir) == {".cache/prepared/0a1b2c3d4e5f": "prepared"}
+    remove(find(cells_of(study), run_dir, ids_known=True), run_dir)
+    assert kept.is_file() and not [*(run_dir / ".cache/prepared").iterdir()]
+
+
 def test_the_command_shows_first_and_removes_when_told(tmp_path: Path) -> None:
     study, run_dir = write_study(tmp_path), tmp_path / "run"
     cell = next(cell for cell in cells_of(study) if cell.kind == "student")

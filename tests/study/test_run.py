@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sublim_plugin.core.hashing import sha256_file
-from sublim_plugin.core.manifest import verify
+from sublim_plugin.core.manifest import read_manifest, verify
 
 from .conftest import Ran, sublim
 
@@ -62,6 +62,17 @@ def test_the_receipts_say_what_was_trained_on(ran: Ran) -> None:
         assert receipt["update_norm"]["total"] > 0
         completions = [json.loads(line)["messages"][1]["content"] for line in rows.open()]
         assert receipt["first_row"]["loss_text"] in [text + "<|im_end|>" for text in completions]
+
+
+def test_rows_are_tokenized_once_for_all_students_of_a_dataset(ran: Ran) -> None:
+    students = [read_manifest(Path(c["folder"])) for c in cells(ran, "student")]
+    datasets = {student.spec["dataset"] for student in students}
+    assert len(students) > len(datasets) == len([*(ran.folder / ".cache/prepared").iterdir()])
+    logs = [(Path(c["folder"]) / "train.log").read_text() for c in cells(ran, "student")]
+    assert sum("Loading raw datasets" in log for log in logs) == len(datasets)
+    assert sum("Loading prepared dataset from disk" in log for log in logs) == (
+        len(students) - len(datasets)
+    )
 
 
 def test_a_localization_is_a_cell_and_stands_in_the_report(ran: Ran) -> None:
