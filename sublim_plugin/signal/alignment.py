@@ -1,16 +1,18 @@
 """Where the gradients of a dataset's losses point: to the teacher's update, and to the trait.
 
-A gradient is taken at the base, before any step. For a teacher that is the base plus a small update,
-Cloud et al. (arXiv 2507.14805, theorem 1 and its proof) show that a small step down the loss on the
-teacher's outputs has an inner product of at least 0 with that update.
+A gradient is taken at the base, before any step. For a teacher that is the base plus a small
+update, Cloud et al. (arXiv 2507.14805, theorem 1 and its proof) show that a small step down the
+loss on the teacher's outputs has an inner product of at least 0 with that update.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -60,13 +62,12 @@ def trait_gradients(
     logprob: Direction = {}
     share: Direction = {}
     like = next(iter(weights.values()))
-    pairs = list(zip(asked.prompts, asked.plans, strict=True))
-    for prompt, plan in _bar(pairs, "trait's gradient", progress):
+    for prompt, plan in _bar(asked.pairs, "trait's gradient", progress):
         found = differentiable_logprobs(model, prompt, plan, like)
         add(logprob, gradient(found[asked.target], weights, keep=True))
         add(share, gradient(log_shares(found)[asked.target], weights))
     for direction in (logprob, share):
-        scale(direction, 1 / len(pairs))
+        scale(direction, 1 / len(asked.pairs))
     return logprob, share
 
 
@@ -123,20 +124,12 @@ def _candidates(
     like = next(iter(weights.values()))
     logprobs: list[Tensor] = []
     shares: list[Tensor] = []
-    pairs = list(zip(asked.prompts, asked.plans, strict=True))
-    for prompt, plan in _bar(pairs, "candidates", progress):
-        found, change = along(
-            model,
-            weights,
-            step,
-            lambda forward, prompt=prompt, plan=plan: differentiable_logprobs(
-                forward, prompt, plan, like
-            ),
-        )
-        logprobs.append(change.double())
-        shares.append((change - (log_shares(found).exp() * change).sum()).double())
-    means = [[sum(column) / len(pairs) for column in zip(*(x.tolist() for x in each), strict=True)]
-             for each in (logprobs, shares)]  # fmt: skip
+    for prompt, plan in _bar(asked.pairs, "candidates", progress):
+        of = partial(differentiable_logprobs, prompt=prompt, plan=plan, like=like)
+        found, change = along(model, weights, step, of)
+        logprobs.append(change)
+        shares.append(change - (log_shares(found).exp() * change).sum())
+    means = [torch.stack(each).double().mean(0).tolist() for each in (logprobs, shares)]
     return tuple(
         Candidate(name=name, logprob=logprob, log_share=share)
         for name, logprob, share in zip(asked.candidates, *means, strict=True)

@@ -1,4 +1,4 @@
-"""The rows of a dataset as a student reads them: tokens, their kinds, and what the grammar admits."""
+"""A dataset's rows as a student reads them: tokens, kinds, and what the grammar admits."""
 
 from __future__ import annotations
 

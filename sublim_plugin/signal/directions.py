@@ -120,10 +120,8 @@ def along(
     """
 
     def of(values: Direction) -> Tensor:
-        return function(
-            lambda **given: torch.func.functional_call(model, values, (), given)
-        )
+        return function(lambda **given: torch.func.functional_call(model, values, (), given))
 
     plain = {name: weight.detach() for name, weight in weights.items()}
-    value, derivative = torch.func.jvp(of, (plain,), (direction,))
-    return value, derivative
+    found = torch.func.jvp(of, (plain,), (direction,))
+    return found[0], found[1]

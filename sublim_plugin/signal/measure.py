@@ -88,9 +88,7 @@ def measure_signal(
     with ExitStack() as stack:
         teacher = None
         try:
-            teacher = stack.enter_context(
-                teacher_of(dataset, manifest, model, base, teacher_from)
-            )
+            teacher = stack.enter_context(teacher_of(dataset, manifest, model, base, teacher_from))
         except NotAtHand as error:
             missing.append(f"log ratio, KL and where they sit: {error}")
         if teacher is None and asked is None:
@@ -239,7 +237,12 @@ def _notes(
     sampler = manifest.spec["sampler"]
     changed = [
         f"{key} {sampler[key]:g}"
-        for key, plain in (("temperature", 1), ("top_p", 1), ("top_k", 0), ("repetition_penalty", 1))
+        for key, plain in (
+            ("temperature", 1),
+            ("top_p", 1),
+            ("top_k", 0),
+            ("repetition_penalty", 1),
+        )
         if sampler[key] != plain
     ]
     if changed:
@@ -250,6 +253,7 @@ def _notes(
     left_out = sum(mask is None for one in completions for mask in one.admitted)
     if grammar.constraint is not None and left_out:
         notes.append(
-            f"{left_out} tokens that are no number tokens, such as brackets, have no measure on them"
+            f"{left_out} tokens that are no number tokens, such as brackets, count over the whole "
+            "vocabulary alone"
         )
     return tuple(notes)

@@ -43,7 +43,7 @@ class Quantity(_Frozen):
         positions: how many of the group's positions have the measure.
         mean: over rows, of each row's mean over these positions.
         total: sum over these positions of all rows.
-        share: that of the sum over all positions; None where the interval of the whole mean holds 0.
+        share: that of the sum over all positions; None where the whole mean's interval holds 0.
     """
 
     positions: int

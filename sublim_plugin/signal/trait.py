@@ -35,6 +35,11 @@ class Asked:
     questions_sha256: str
 
     @property
+    def pairs(self) -> list[tuple[tuple[int, ...], FormPlan]]:
+        """Each prompt with the forms behind it."""
+        return list(zip(self.prompts, self.plans, strict=True))
+
+    @property
     def target(self) -> int:
         """The target's index among the candidates."""
         return self.candidates.index(self.trait.target)

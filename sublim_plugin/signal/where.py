@@ -22,7 +22,7 @@ def measured(values: Sequence[float]) -> Measured:
 
 
 def where(positions: Sequence[Position]) -> Where:
-    """All positions, and cut by place, kind and divergence; parts without a position are left out."""
+    """All positions, and cut by place, kind and divergence; empty parts are left out."""
     overall = _group("all", positions, positions, None)
 
     def cut(names: Sequence[str], name: Callable[[Position], str | None]) -> tuple[Group, ...]:
@@ -31,9 +31,7 @@ def where(positions: Sequence[Position]) -> Where:
             part = name(position)
             if part is not None:
                 parts[part].append(position)
-        return tuple(
-            _group(each, part, positions, overall) for each, part in parts.items() if part
-        )
+        return tuple(_group(each, part, positions, overall) for each, part in parts.items() if part)
 
     apart = ("divergent", "other")
     return Where(
