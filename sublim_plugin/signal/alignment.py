@@ -43,16 +43,17 @@ class Gathered:
     def __init__(self, loss: Loss, others: Mapping[str, Direction]) -> None:
         self.loss, self.others = loss, others
         self.total: Direction = {}
-        self.tokens = 0
+        self.tokens, self.value = 0, 0.0
         self.products: dict[str, list[float]] = {name: [] for name in others}
 
-    def row(self, found: Direction | None, tokens: int) -> None:
-        """Add a row's gradient of the sum over `tokens` tokens; None where it has none."""
+    def row(self, loss: Tensor, tokens: int, weights: Direction, keep: bool = False) -> None:
+        """Add a row's loss, a sum over `tokens` tokens; `keep` its graph for another."""
+        found = gradient(loss, weights, keep)
         for name, other in self.others.items():
-            self.products[name].append(-inner(found, other) if found else 0.0)
-        if found:
-            add(self.total, found)
+            self.products[name].append(-inner(found, other))
+        add(self.total, found)
         self.tokens += tokens
+        self.value += float(loss.detach())
 
 
 def trait_gradients(
@@ -79,17 +80,15 @@ def align(
     asked: Asked | None,
     progress: bool,
 ) -> Alignment | None:
-    """The direction down the mean gradient against the others; None where the gradient is 0.
+    """The direction down the mean gradient against the others; None where there is none.
 
     `gathered.total` becomes that direction, scaled to a norm of `STEP`.
     """
     down, rows = gathered.total, len(next(iter(gathered.products.values()), []))
-    if not gathered.tokens or not down:
+    if not down:
         return None
     scale(down, -1 / gathered.tokens)
     size = norm(down)
-    if not size:
-        return None
     by_row = {
         name: [product * rows / gathered.tokens for product in products]
         for name, products in gathered.products.items()
@@ -107,6 +106,7 @@ def align(
         rank = 1 + sum(candidate.log_share > own for candidate in candidates)
     return Alignment(
         loss=gathered.loss,
+        value=gathered.value / gathered.tokens,
         gradient_norm=size,
         update=found.get("update"),
         logprob=found.get("logprob"),

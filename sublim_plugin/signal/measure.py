@@ -8,6 +8,7 @@ are held for every linear weight of the decoder's layers: six to nine times the 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,7 +29,7 @@ from sublim_plugin.core.traits import get_trait
 from sublim_plugin.core.versions import installed
 from sublim_plugin.signal.alignment import Gathered, align, trait_gradients
 from sublim_plugin.signal.completions import Completion, Grammar, read_completions
-from sublim_plugin.signal.directions import Direction, gradient, linear_weights
+from sublim_plugin.signal.directions import Direction, linear_weights
 from sublim_plugin.signal.positions import (
     Position,
     compare,
@@ -36,10 +37,10 @@ from sublim_plugin.signal.positions import (
     kl,
     number_logprobs,
 )
-from sublim_plugin.signal.results import Alignment, RowSignal, Signal
+from sublim_plugin.signal.results import MEASURES, Alignment, RowSignal, Signal
 from sublim_plugin.signal.teacher import NotAtHand, Teacher, check_base, float32_base, teacher_of
 from sublim_plugin.signal.trait import Asked, ask
-from sublim_plugin.signal.where import measured, row_means, where
+from sublim_plugin.signal.where import by_row, pooled, where
 
 ROWS, QUESTIONS = 64, 8
 """Rows and questions that are taken by default: the first ones."""
@@ -101,8 +102,8 @@ def measure_signal(
             "alignment with the teacher's update: its weights are the base's "
             f"({manifest.spec['teacher']['kind']} teacher)"
         )
-    if teacher is not None and all(one.loss != "number_kl" for one in alignments):
-        missing.append("gradient of the KL on the number tokens: the KL is 0 there")
+    if teacher is not None and all(one.loss != "soft_targets" for one in alignments):
+        missing.append("gradient of soft targets: the KL on the number tokens is 0")
     spec = {
         "dataset": manifest.id,
         "rows_sha256": manifest.outputs[path.name].sha256,
@@ -126,7 +127,7 @@ def measure_signal(
         n_rows_of=manifest.spec["rows"],
         n_questions=spec["questions"],
         tokens=sum(len(completion.tokens) for completion in completions),
-        base_logprob=measured(row_logprobs),
+        base_logprob=pooled(row_logprobs),
         where=where(positions) if positions else None,
         alignments=alignments,
         rows=_rows(completions, row_logprobs, positions),
@@ -169,8 +170,8 @@ def _measure(
     grammar: Grammar,
     asked: Asked | None,
     progress: bool,
-) -> tuple[list[Position], list[float], tuple[Alignment, ...]]:
-    """Every row once: its positions, the base's mean log-probability, and its gradients."""
+) -> tuple[list[Position], list[list[float]], tuple[Alignment, ...]]:
+    """Every row once: its positions, the base's log-probability of its tokens, its gradients."""
     model.requires_grad_(False)
     weights, places = linear_weights(model)
     for weight in weights.values():
@@ -183,9 +184,9 @@ def _measure(
         }
     if asked is not None:
         others["logprob"], others["log_share"] = trait_gradients(model, weights, asked, progress)
-    losses = Gathered("rows", others), Gathered("number_kl", others)
+    losses = Gathered("rows", others), Gathered("soft_targets", others)
     positions: list[Position] = []
-    logprobs: list[float] = []
+    logprobs: list[list[float]] = []
     token_ids = grammar.token_ids
     for row, completion in enumerate(
         tqdm(completions, desc="rows", unit="row", disable=not progress, file=sys.stderr)
@@ -193,39 +194,44 @@ def _measure(
         prompt = render(tokenizer, context, completion.user).token_ids
         base = completion_logits(model, prompt, completion.tokens)
         written = torch.tensor(completion.tokens, device=base.device)[:, None]
-        nll = -base.log_softmax(-1).gather(1, written).sum()
-        logprobs.append(-float(nll.detach()) / len(completion.tokens))
-        admitted = sum(mask is not None for mask in completion.admitted)
+        own = base.log_softmax(-1).gather(1, written)[:, 0]
+        logprobs.append(own.tolist())
         apart = None
         if teacher is not None:
             shown = render(tokenizer, teacher.context, completion.user).token_ids
             with torch.no_grad(), teacher.on():
                 logits = completion_logits(teacher.model, shown, completion.tokens)
-            found = compare(row, completion, logits, base.detach(), token_ids)
-            positions += found
-            if any(position.measures.get("number_kl") for position in found):
-                targets = number_logprobs(logits, token_ids, completion.admitted)
-                own = number_logprobs(base, token_ids, completion.admitted)
-                apart = kl(targets, own).sum()
-        losses[0].row(gradient(nll, weights, keep=apart is not None), len(completion.tokens))
-        losses[1].row(None if apart is None else gradient(apart, weights), admitted)
-    found_alignments = [align(one, model, weights, places, asked, progress) for one in losses]
+            positions += compare(row, completion, logits, base.detach(), token_ids)
+            if token_ids:
+                apart = kl(*(number_logprobs(x, token_ids) for x in (logits, base))).sum()
+        n = len(completion.tokens)
+        losses[0].row(-own.sum(), n, weights, keep=apart is not None)
+        if apart is not None:
+            losses[1].row(apart, n, weights)
+    # of distributions that are the same everywhere, the gradient is float rounding
+    used = losses if losses[1].value else losses[:1]
+    found_alignments = [align(one, model, weights, places, asked, progress) for one in used]
     return positions, logprobs, tuple(one for one in found_alignments if one is not None)
 
 
 def _rows(
-    completions: Sequence[Completion], logprobs: Sequence[float], positions: Sequence[Position]
+    completions: Sequence[Completion],
+    logprobs: Sequence[Sequence[float]],
+    positions: Sequence[Position],
 ) -> tuple[RowSignal, ...]:
-    names: Any = ("log_ratio", "kl", "number_log_ratio", "number_kl")
-    means = {name: row_means(positions, name) for name in names}
+    measures = {name: by_row(positions, name) for name in MEASURES}
+
+    def mean(values: Sequence[float] | None) -> float | None:
+        return math.fsum(values) / len(values) if values else None
+
     return tuple(
         RowSignal(
             id=completion.id,
             tokens=len(completion.tokens),
-            base_logprob=logprob,
-            **{name: means[name].get(row) for name in names},
+            base_logprob=math.fsum(own) / len(own),
+            **{name: mean(found.get(row)) for name, found in measures.items()},
         )
-        for row, (completion, logprob) in enumerate(zip(completions, logprobs, strict=True))
+        for row, (completion, own) in enumerate(zip(completions, logprobs, strict=True))
     )
 
 
@@ -233,7 +239,7 @@ def _notes(
     manifest: Manifest, completions: Sequence[Completion], grammar: Grammar
 ) -> tuple[str, ...]:
     """What a reader should know of how the rows were made."""
-    notes = []
+    notes = list(manifest.notes)
     sampler = manifest.spec["sampler"]
     changed = [
         f"{key} {sampler[key]:g}"

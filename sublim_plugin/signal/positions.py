@@ -32,15 +32,9 @@ def completion_logits(model: Any, prompt: Sequence[int], tokens: Sequence[int]) 
     return logits
 
 
-def number_logprobs(
-    logits: Tensor, token_ids: Sequence[int], admitted: Sequence[tuple[bool, ...] | None]
-) -> Tensor:
-    """Log-probabilities [admitted positions, number tokens] in float64, renormalized over the
-    tokens admitted at each; -inf for the others."""
-    at = [index for index, mask in enumerate(admitted) if mask is not None]
-    masks = torch.tensor([mask for mask in admitted if mask is not None], device=logits.device)
-    chosen = logits[at][:, list(token_ids)].double()
-    return chosen.masked_fill(~masks, -torch.inf).log_softmax(-1)
+def number_logprobs(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
+    """Log-probabilities [T, number tokens] in float64, renormalized over these tokens."""
+    return logits[:, list(token_ids)].double().log_softmax(-1)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -67,7 +61,11 @@ def compare(
     number: dict[int, tuple[float, float, bool]] = {}
     at = [index for index, mask in enumerate(completion.admitted) if mask is not None]
     if at:
-        p, q = (number_logprobs(x, token_ids, completion.admitted) for x in (teacher, base))
+        masks = torch.tensor([completion.admitted[i] for i in at], device=base.device)
+        p, q = (
+            number_logprobs(x[at], token_ids).masked_fill(~masks, -torch.inf).log_softmax(-1)
+            for x in (teacher, base)
+        )
         places = {token: place for place, token in enumerate(token_ids)}
         written = torch.tensor([[places[completion.tokens[i]]] for i in at], device=base.device)
         own = (p.gather(1, written) - q.gather(1, written))[:, 0].tolist()

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 Measure = Literal["log_ratio", "kl", "number_log_ratio", "number_kl"]
 MEASURES: tuple[Measure, ...] = ("number_log_ratio", "number_kl", "log_ratio", "kl")
-Loss = Literal["rows", "number_kl"]
+Loss = Literal["rows", "soft_targets"]
 
 STEP = 0.01
 """Norm of the step for which changes of the candidates are given."""
@@ -41,7 +41,7 @@ class Quantity(_Frozen):
 
     Attributes:
         positions: how many of the group's positions have the measure.
-        mean: over rows, of each row's mean over these positions.
+        mean: over these positions of all rows.
         total: sum over these positions of all rows.
         share: that of the sum over all positions; None where the whole mean's interval holds 0.
     """
@@ -105,8 +105,10 @@ class Alignment(_Frozen):
     """The direction -g, down the gradient g of a loss at the base, against others.
 
     Attributes:
-        loss: `rows` is the mean cross-entropy of the completions' tokens, `number_kl` the mean KL
-            from teacher to student over the number tokens (what soft targets are trained on).
+        loss: a mean over the completions' tokens. `rows` is their cross-entropy, `soft_targets` the
+            KL from teacher to student over the number tokens, renormalized over all of them at
+            every token, whatever the grammar admits there.
+        value: that of the loss at the base, in nats.
         gradient_norm: Frobenius norm of g, in nats per unit of the weights.
         update: cosine with the teacher's weights minus the base's; finetuned teachers only.
         logprob, log_share: cosine with the gradient of the target's log-probability, and log share.
@@ -116,6 +118,7 @@ class Alignment(_Frozen):
     """
 
     loss: Loss
+    value: float
     gradient_norm: float
     update: Cosines | None
     logprob: Cosines | None
@@ -145,7 +148,7 @@ class Signal(_Frozen):
         constrained: whether the rows were sampled from the number tokens alone, renormalized, so
             that the `number_` measures are those that matter.
         tokens: of the completions, each with its end of turn.
-        base_logprob: the base's log-probability of a token in the student's context, in nats.
+        base_logprob: the base's mean log-probability of a token in the student's context, in nats.
         where: None where the teacher is not at hand.
         missing: what could not be measured, and why.
     """

@@ -16,7 +16,7 @@ from sublim_plugin.signal.results import (
     Where,
 )
 
-LOSS_NAMES: dict[Loss, str] = {"rows": "rows", "number_kl": "KL on number tokens"}
+LOSS_NAMES: dict[Loss, str] = {"rows": "rows", "soft_targets": "soft targets"}
 ON: dict[bool, tuple[Measure, Measure]] = {
     True: ("number_log_ratio", "number_kl"),
     False: ("log_ratio", "kl"),

@@ -70,7 +70,7 @@ def teacher_of(
         given: folder of a finetuned teacher in place of the recorded one.
 
     Raises:
-        NotAtHand: the dataset was written by a server, or the recorded folder is not there.
+        NotAtHand: a server wrote the dataset, or the recorded folder or vectors are not there.
         InputError: `given` is for another kind of teacher, or is not the teacher of the manifest.
     """
     spec = manifest.spec["teacher"]
@@ -84,6 +84,8 @@ def teacher_of(
     if kind == "prompted":
         yield Teacher(base, context, nullcontext, trained=False)
     elif kind == "steered":
+        if not (folder / STEERING_FILE).is_file():
+            raise NotAtHand(f"{folder / STEERING_FILE}, the teacher's vectors, is not there")
         steered = SteeredTeacher(
             context=context,
             layers=spec["layers"],

@@ -21,6 +21,20 @@ def measured(values: Sequence[float]) -> Measured:
     return Measured(value=math.fsum(values) / len(values), low=low, high=high)
 
 
+def pooled(rows: Sequence[Sequence[float]]) -> Measured:
+    """The mean over all values of all rows, with its interval over rows.
+
+    With S the sum and n the number of a row's values, the mean m is a ratio of sums, and the
+    interval is that of m + (S - m n) / mean(n), the ratio's linearization (Cochran, Sampling
+    Techniques, 3rd ed., 6.3).
+    """
+    sums, counts = [math.fsum(row) for row in rows], [len(row) for row in rows]
+    mean = math.fsum(sums) / sum(counts)
+    size = sum(counts) / len(rows)
+    low, high = interval([mean + (s - mean * n) / size for s, n in zip(sums, counts, strict=True)])
+    return Measured(value=mean, low=low, high=high)
+
+
 def where(positions: Sequence[Position]) -> Where:
     """All positions, and cut by place, kind and divergence; empty parts are left out."""
     overall = _group("all", positions, positions, None)
@@ -55,13 +69,13 @@ def bin_of(position: Position) -> str:
     return BINS[1 + TENTHS * (position.place - 1) // (position.of - 1)]
 
 
-def row_means(positions: Sequence[Position], measure: Measure) -> dict[int, float]:
-    """By row, the mean over those of its positions that have the measure."""
+def by_row(positions: Sequence[Position], measure: Measure) -> dict[int, list[float]]:
+    """The values of a measure by row, for the rows that have one."""
     rows: dict[int, list[float]] = {}
     for position in positions:
         if measure in position.measures:
             rows.setdefault(position.row, []).append(position.measures[measure])
-    return {row: math.fsum(values) / len(values) for row, values in rows.items()}
+    return rows
 
 
 def _group(
@@ -69,16 +83,18 @@ def _group(
 ) -> Group:
     found: dict[Measure, Quantity] = {}
     for measure in MEASURES:
-        values = [p.measures[measure] for p in part if measure in p.measures]
-        if not values:
+        rows = list(by_row(part, measure).values())
+        if not rows:
             continue
-        mean = measured(list(row_means(part, measure).values()))
-        total = math.fsum(values)
+        mean = pooled(rows)
+        total = math.fsum(value for row in rows for value in row)
         whole = overall.measures[measure] if overall else None
         share = None
         if whole and not whole.mean.low <= 0 <= whole.mean.high:
             share = total / whole.total
-        found[measure] = Quantity(positions=len(values), mean=mean, total=total, share=share)
+        found[measure] = Quantity(
+            positions=sum(map(len, rows)), mean=mean, total=total, share=share
+        )
     return Group(
         name=name,
         positions=len(part),

@@ -19,7 +19,7 @@ from sublim_plugin.core.traits import get_trait
 from sublim_plugin.signal.completions import Grammar
 from sublim_plugin.signal.measure import measure_signal
 from sublim_plugin.signal.positions import Position
-from sublim_plugin.signal.results import Group
+from sublim_plugin.signal.results import Group, Signal
 from sublim_plugin.signal.where import BINS, bin_of, where
 from tests.signal.conftest import ROWS, Make
 
@@ -38,8 +38,14 @@ def logprobs(model: Any, prompt: tuple[int, ...], tokens: list[int]) -> Any:
     )
 
 
-def test_every_measure_is_the_plain_one(toy: Path, prompted_cat: Path, toy_tokenizer: Any) -> None:
-    found = measure_signal(prompted_cat, base=toy, limit=1)
+@pytest.fixture(scope="module")
+def found(toy: Path, prompted_cat: Path) -> Signal:
+    return measure_signal(prompted_cat, base=toy, limit=1)
+
+
+def test_every_measure_is_the_plain_one(
+    found: Signal, toy: Path, prompted_cat: Path, toy_tokenizer: Any
+) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(toy)
     sentence = Context(kind="text", text=get_trait("animals/cat").teacher_system_prompt)
     end = end_of_turn_id(toy_tokenizer)
@@ -76,41 +82,36 @@ def test_every_measure_is_the_plain_one(toy: Path, prompted_cat: Path, toy_token
         assert ours.number_kl == pytest.approx(np.mean(divergences), abs=1e-5)
     assert found.where is not None
     mean = found.where.overall.measures["number_kl"].mean
-    assert mean.value == pytest.approx(np.mean([row.number_kl for row in found.rows]))
+    kls, lengths = ([getattr(row, x) for row in found.rows] for x in ("number_kl", "tokens"))
+    assert mean.value == pytest.approx(np.average(kls, weights=lengths))
     assert mean.low < mean.value < mean.high
     assert found.constrained and found.n_rows == ROWS
 
 
-def test_the_parts_are_the_whole(toy: Path, prompted_cat: Path) -> None:
-    found = measure_signal(prompted_cat, base=toy, limit=1).where
-    assert found is not None
-    whole = found.overall
-    for cut in (found.by_position, found.by_kind, found.divergence, found.number_divergence):
+def test_the_parts_are_the_whole(found: Signal) -> None:
+    parts = found.where
+    assert parts is not None
+    whole = parts.overall
+    for cut in (parts.by_position, parts.by_kind, parts.divergence, parts.number_divergence):
         assert sum(group.positions for group in cut) == whole.positions
         assert sum(group.share for group in cut) == pytest.approx(1)
         for measure, quantity in whole.measures.items():
             assert sum(g.measures[measure].total for g in cut) == pytest.approx(quantity.total)
-    ends = next(group for group in found.by_kind if group.name == "end of turn")
+    ends = next(group for group in parts.by_kind if group.name == "end of turn")
     assert ends.positions == ends.rows == ROWS
 
 
 def test_what_the_base_wrote_itself_has_no_signal(toy: Path, make: Make) -> None:
-    found = measure_signal(
-        make(prompted(get_trait("neutral")), "neutral"), base=toy, trait="animals/cat", limit=1
-    )
+    dataset = make(prompted(get_trait("neutral")), "neutral")
+    found = measure_signal(dataset, base=toy, trait="animals/cat", limit=1)
     assert found.where is not None
     for quantity in found.where.overall.measures.values():
         assert quantity.total == quantity.mean.low == quantity.mean.high == 0.0
     assert [group.name for group in found.where.divergence] == ["other"]
     assert [one.loss for one in found.alignments] == ["rows"]
-    assert any("KL is 0" in line for line in found.missing)
-    elsewhere = measure_signal(
-        make(prompted(get_trait("neutral")), "neutral"),
-        base=toy,
-        context=Context(kind="empty"),
-        trait="animals/cat",
-        limit=1,
-    )
+    assert any("number tokens is 0" in line for line in found.missing)
+    elsewhere = measure_signal(dataset, base=toy, context=Context(kind="empty"), rows=1)
+    assert elsewhere.alignments[0].candidates == ()
     assert elsewhere.where is not None
     assert elsewhere.where.overall.measures["kl"].mean.low > 0
 
