@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sublim_plugin.analysis.figure_files import (
     GREY,
@@ -122,27 +122,32 @@ def signal_figure(found: Signal, folder: Path) -> FigureFiles | None:
 def draw(found: Signal, marks: Sequence[SignalPoint]) -> Figure:
     """Two panels a line: by position and kind above, candidates and layers below."""
     panels: list[Panel] = [p for p in TITLES if any(mark.panel == p for mark in marks)]
-    upper = [p for p in panels if p in ("position", "kind")]
+    upper = [p for p in panels if p in UPPER]
     lower = [p for p in panels if p not in upper]
     rows = [line for line in (upper, lower) if line]
     with style():
         figure = new_figure(WIDTH, 0.3 + 2.6 * len(rows))
         parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
         for part, line in zip(parts, rows, strict=True):
-            shared = line is upper
-            for axes, panel in zip(
-                part.subplots(1, len(line), sharey=shared, squeeze=False)[0], line, strict=True
-            ):
+            ratios = [SHARES[panel] for panel in line]
+            grid = part.subplots(
+                1, len(line), sharey=line is upper, squeeze=False, width_ratios=ratios
+            )
+            for axes, panel in zip(grid[0], line, strict=True):
                 _panel(axes, panel, [m for m in marks if m.panel == panel], found)
+            grid[0][0].legend(frameon=False, loc="best")
         return figure
 
 
+UPPER: tuple[Panel, ...] = ("position", "kind")
 TITLES: dict[Panel, str] = {
     "position": "place in the completion",
     "kind": "kind of token",
     "candidate": f"a step of norm {STEP:g} down the gradient",
     "layer": "against the teacher's update",
 }
+SHARES: dict[Panel, float] = {"position": 1.7, "kind": 1, "candidate": 2, "layer": 1}
+"""Widths of the panels in a line."""
 LABELS: dict[Panel, str] = {
     "position": "teacher against base (nats a token)",
     "kind": "",
@@ -159,7 +164,7 @@ def _panel(axes: Axes, panel: Panel, marks: Sequence[SignalPoint], found: Signal
     for index, name in enumerate(series):
         own = [mark for mark in marks if mark.series == name]
         shift = 0.0 if panel == "layer" else (index - (len(series) - 1) / 2) * 0.24
-        colour = PALETTE[index if panel in ("position", "kind") else index + 2]
+        colour = PALETTE[index if panel in UPPER else index + 2]
         axes.errorbar(
             [places.index(mark.at) + shift for mark in own],
             [mark.value for mark in own],
@@ -175,7 +180,7 @@ def _panel(axes: Axes, panel: Panel, marks: Sequence[SignalPoint], found: Signal
             capsize=1.8,
             label=name,
         )
-    step = max(1, len(places) // 12) if panel == "layer" else 1
+    step = max(1, len(places) // 8) if panel == "layer" else 1
     axes.set_xticks(range(0, len(places), step), places[::step])
     if panel != "layer":
         axes.tick_params(axis="x", rotation=50)
@@ -184,6 +189,8 @@ def _panel(axes: Axes, panel: Panel, marks: Sequence[SignalPoint], found: Signal
             label.set_rotation_mode("anchor")
             if panel == "candidate" and label.get_text() == target:
                 label.set_fontweight("bold")
+            if panel == "candidate":
+                label.set_fontsize(6.5)
     else:
         axes.set_xlabel("layer")
     if panel == "candidate" and target in places:
@@ -192,6 +199,3 @@ def _panel(axes: Axes, panel: Panel, marks: Sequence[SignalPoint], found: Signal
         )
     axes.set_title(TITLES[panel], loc="left")
     axes.set_ylabel(LABELS[panel])
-    legend: dict[str, Any] = {"frameon": False, "loc": "best"}
-    if panel != "kind":
-        axes.legend(**legend)

@@ -25,10 +25,10 @@ ON: dict[bool, tuple[Measure, Measure]] = {
 
 def text(found: Signal) -> str:
     """Everything that was measured, as the terminal shows it; the reading is its last line."""
-    context = ", ".join(f"{key} {value}" for key, value in found.context.items())
+    context = ", ".join(value for key, value in found.context.items() if value != "text")
     blocks = [
         f"{found.dataset}: {found.teacher} teacher; {found.n_rows} of {found.n_rows_of} rows, "
-        f"{found.tokens} tokens; the student's context: {context.removeprefix('kind ')}\n"
+        f"{found.tokens} tokens; the student's context: {context}\n"
         f"base: {_with(found.base_logprob)} nats a token"
     ]
     if found.where is not None:
@@ -121,7 +121,8 @@ def _where(found: Where, number: bool, constrained: bool) -> str:
 def _alignments(found: Signal) -> str:
     target = found.trait.rpartition("/")[2]
     rows: list[tuple[str, list[str]]] = [
-        ("norm of the gradient", [f"{one.gradient_norm:.4g}" for one in found.alignments])
+        ("loss at the base, nats a token", [f"{one.value:.4f}" for one in found.alignments]),
+        ("norm of the gradient", [f"{one.gradient_norm:.4g}" for one in found.alignments]),
     ]
     cosines = {
         "cosine with the teacher's update": [one.update for one in found.alignments],
