@@ -3,7 +3,8 @@
     found = measure_signal(Path("numbers-cat"), base=Path("Qwen2.5-7B-Instruct"))
 
 Models are taken to float32 whatever their own dtype, one row is computed at a time, and gradients
-are held for every linear weight of the decoder's layers: six to nine times the model's size.
+and other directions are held for every linear weight of the decoder's layers: about ten times the
+model's size in all.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from sublim_plugin.signal.completions import Grammar
 from sublim_plugin.signal.measure import measure_signal
 from sublim_plugin.signal.positions import Position
 from sublim_plugin.signal.results import Group, Signal
-from sublim_plugin.signal.where import BINS, bin_of, where
+from sublim_plugin.signal.where import BINS, bin_of, pooled, where
 from tests.signal.conftest import ROWS, Make
 
 DEFAULT = Context(kind="template_default")
@@ -149,3 +149,20 @@ def test_bins_and_shares() -> None:
     assert divergent.measures["kl"].share == pytest.approx(1 / 3)
     assert [group.positions for group in found.by_position] == [2, *[4] * 10]
     assert found.number_divergence == ()
+
+
+def test_the_interval_of_a_pooled_mean_is_that_of_the_ratio() -> None:
+    """Against a bootstrap that resamples rows and takes the mean over all of their tokens."""
+    draws = np.random.default_rng(0)
+    rows = [list(draws.normal(0.1 * n, 1, n)) for n in draws.integers(2, 20, 80)]
+    sums, counts = np.array([sum(r) for r in rows]), np.array([len(r) for r in rows])
+    chosen = draws.integers(0, 80, (4000, 80))
+    ratios = sums[chosen].sum(1) / counts[chosen].sum(1)
+    ours = pooled(rows)
+    assert ours.value == pytest.approx(sums.sum() / counts.sum())
+    width = ours.high - ours.low
+    assert (ours.low, ours.high) == pytest.approx(
+        tuple(np.quantile(ratios, (0.025, 0.975))), abs=0.1 * width
+    )
+    naive = 2 * 1.96 * np.std(np.concatenate(rows)) / counts.sum() ** 0.5
+    assert width > 1.1 * naive
