@@ -182,6 +182,19 @@ def localize(ctx: click.Context, args: tuple[str, ...]) -> None:
     _forward(ctx, command, args)
 
 
+@main.command(**FORWARDED, short_help="Measure a dataset's signal before any training.")
+@ARGS
+@click.pass_context
+def signal(ctx: click.Context, args: tuple[str, ...]) -> None:
+    """`signal.command`, which reads datasets with data_gen."""
+    from sublim_plugin.core.rooms import room
+
+    room("data_gen")
+    from sublim_plugin.signal.command import signal as command
+
+    _forward(ctx, command, args)
+
+
 @main.command(
     name="eval", **FORWARDED, short_help="Score a base and students of it on lm-eval tasks."
 )

@@ -1,0 +1,1 @@
+"""What a student can learn from a dataset, measured before any training."""
