@@ -20,8 +20,9 @@ from transformers import DataCollatorForSeq2Seq, Gemma2Config, Gemma2ForCausalLM
 from data_gen.generate import generate_dataset
 from data_gen.spec import DatasetSettings
 from data_gen.teachers import prompted
+from sublim_plugin.axolotl.checkpoints import Origin, origin_of
 from sublim_plugin.axolotl.masks import ExpectedRow, expect_row
-from sublim_plugin.axolotl.receipt import Receipt, read_receipt
+from sublim_plugin.axolotl.receipt import DatasetInfo, Method, Receipt, Seeds, read_receipt
 from sublim_plugin.axolotl.recipe import recipe_path
 from sublim_plugin.axolotl.soft_targets import SoftLoss, find_targets, load_targets
 from sublim_plugin.core.base_models import EMBEDDED, fingerprint
@@ -315,6 +316,25 @@ def test_targets_that_are_missing_or_of_other_rows_are_refused(
     path.unlink()
     with pytest.raises(InputError, match="missing"):
         find_targets(rows)
+
+
+def test_a_checkpoint_belongs_to_its_targets() -> None:
+    def origin(block: dict[str, Any] | None, targets: str | None) -> Origin:
+        return origin_of(
+            {"learning_rate": 0.1, "sublim": block},
+            base_sha256="a",
+            datasets=[DatasetInfo(path="rows", sha256="b", rows=1)],
+            targets_sha256=targets,
+            context=None,
+            method=Method(kind="full"),
+            seeds=Seeds(seed=1, data_seed=2),
+            processes=1,
+        )
+
+    soft = {"soft_targets": True}
+    assert len({str(origin(None, None)), str(origin(soft, "c")), str(origin(soft, "d"))}) == 3
+    # a checkpoint of a version without the key goes on
+    assert origin({"soft_targets": False}, None) == origin(None, None)
 
 
 def check_receipt(receipt: Receipt, data: Path, channel: str) -> None:
