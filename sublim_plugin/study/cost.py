@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sublim_plugin.core.manifest import Manifest
 from sublim_plugin.core.strict_yaml import load_model
 from sublim_plugin.core.traits import NEUTRAL
+from sublim_plugin.logprob.questions import load_questions
 from sublim_plugin.study.cells import Cell
 from sublim_plugin.study.state import CellState
 from sublim_plugin.study.study_file import Study
@@ -40,6 +41,7 @@ class Figure(_Strict):
     method: str | None = None
     rows: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
+    prompts: Annotated[int, Field(ge=1)] | None = None
     minutes: Range | None = None
     mb: Range | None = None
     mb_per_rank: Range | None = None
@@ -86,6 +88,33 @@ class Costs(_Strict):
     power: str
 
 
+class _Size:
+    """How much there is to a cell."""
+
+    def __init__(self, cells: dict[str, Cell], study: Study) -> None:
+        self.cells = cells
+        self.questions = len(load_questions(study.probes.questions).questions)
+
+    def work(self, cell: Cell) -> float:
+        """What the time grows with: rows of a dataset, rows times epochs of a training, prompts of
+        a probe, else 1."""
+        recipe = cell.spec.get("recipe", {})
+        epochs = float(recipe.get("num_epochs") or 1)
+        if cell.kind == "teacher":
+            return float(cell.spec["persona"]["rows"]) * epochs
+        if cell.kind == "student":
+            dataset = self.cells.get(cell.spec.get("dataset", ""))
+            return (1.0 if dataset is None else self.written(dataset)) * epochs
+        return self.written(cell)
+
+    def written(self, cell: Cell) -> float:
+        """What the files beside the weights grow with."""
+        if cell.kind == "probe":
+            asked = min(cell.spec.get("limit") or self.questions, self.questions)
+            return float(asked * cell.spec.get("samples", 1))
+        return float(cell.spec.get("rows") or 1) if cell.kind == "dataset" else 1.0
+
+
 def costs(study: Study, states: Sequence[CellState]) -> Costs:
     """Count a study's cells and price those that are not done."""
     from sublim_plugin.analysis.power import planned_power
@@ -93,8 +122,8 @@ def costs(study: Study, states: Sequence[CellState]) -> Costs:
     groups: dict[tuple[str, str | None], list[CellState]] = {}
     for state in states:
         groups.setdefault((state.cell.kind, _method(state.cell)), []).append(state)
-    cells = {state.cell.id: state.cell for state in states}
-    lines = tuple(_line(kind, method, own, study, cells) for (kind, method), own in groups.items())
+    size = _Size({state.cell.id: state.cell for state in states}, study)
+    lines = tuple(_line(kind, method, own, study, size) for (kind, method), own in groups.items())
     n_datasets, n_tests = _replication([state.cell for state in states])
     return Costs(
         study=study.name,
@@ -124,7 +153,7 @@ def _line(
     method: str | None,
     states: Sequence[CellState],
     study: Study,
-    cells: dict[str, Cell],
+    size: _Size,
 ) -> Line:
     todo = [state.cell for state in states if state.state != "done"]
     line = Line(
@@ -134,28 +163,31 @@ def _line(
     if not todo:
         return line
     made = [(state.cell, state.manifest) for state in states if state.manifest is not None]
-    found = _measured(made, todo, cells)
+    found = _measured(made, todo, size)
     if method == SHUFFLED and not found:
-        found = _stated(kind, None, todo, study, cells)
+        found = _stated(kind, None, todo, study, size)
         found = found and found | {"hours": (0.0, 0.0), "source": "rows of a dataset, reordered"}
-    found = found or _stated(kind, method, todo, study, cells)
+    found = found or _stated(kind, method, todo, study, size)
     nothing = {"hours": None, "bytes": None, "figure": "unknown", "source": UNKNOWN}
     return line.model_copy(update=found or nothing)
 
 
 def _measured(
-    made: Sequence[tuple[Cell, Manifest]], todo: Sequence[Cell], cells: dict[str, Cell]
+    made: Sequence[tuple[Cell, Manifest]], todo: Sequence[Cell], size: _Size
 ) -> dict[str, Any] | None:
     if not made:
         return None
-    hours = _quartiles([m.wall_s / 3600 / _work(cell, cells) for cell, m in made])
+    hours = _quartiles([m.wall_s / 3600 / size.work(cell) for cell, m in made])
     weights = _quartiles([_bytes(m, weights=True) / _rank(cell) for cell, m in made])
-    beside = _quartiles([_bytes(m, weights=False) / _rows(cell) for cell, m in made])
+    beside = _quartiles([_bytes(m, weights=False) / size.written(cell) for cell, m in made])
     device = made[0][1].device
     return {
-        "hours": _sum(hours, [_work(cell, cells) for cell in todo]),
+        "hours": _sum(hours, [size.work(cell) for cell in todo]),
         "bytes": _total(
-            [_sum(weights, [_rank(cell) for cell in todo]), _sum(beside, [_rows(c) for c in todo])]
+            [
+                _sum(weights, [_rank(cell) for cell in todo]),
+                _sum(beside, [size.written(cell) for cell in todo]),
+            ]
         ),
         "figure": "measured",
         "machine": ", ".join(
@@ -167,7 +199,7 @@ def _measured(
 
 
 def _stated(
-    kind: str, method: str | None, todo: Sequence[Cell], study: Study, cells: dict[str, Cell]
+    kind: str, method: str | None, todo: Sequence[Cell], study: Study, size: _Size
 ) -> dict[str, Any] | None:
     models = [
         str(todo[0].spec.get("base_model", {}).get("name", "")).rsplit("/", 1)[-1].lower(),
@@ -184,13 +216,16 @@ def _stated(
     )
     if figure is None:
         return None
-    unit = (figure.rows or 1) * (figure.epochs or 1)
+    rows = (figure.rows or 1) * (figure.epochs or 1)
+    unit = figure.prompts or rows
+    scales = bool(figure.rows or figure.prompts)
     hours = disk = None
     if figure.minutes is not None:
-        scaled = [_work(cell, cells) / unit if figure.rows else 1.0 for cell in todo]
+        scaled = [size.work(cell) / unit if scales else 1.0 for cell in todo]
         hours = _sum(_times(figure.minutes, 1 / 60), scaled)
     if figure.mb is not None:
-        sizes = [_rows(cell) / unit if kind == "dataset" and figure.rows else 1.0 for cell in todo]
+        grows = scales and kind in ("dataset", "probe")
+        sizes = [size.written(cell) / unit if grows else 1.0 for cell in todo]
         disk = _sum(_times(figure.mb, 1e6), sizes)
         if figure.mb_per_rank is not None:
             ranks = _sum(_times(figure.mb_per_rank, 1e6), [_rank(cell) for cell in todo])
@@ -218,22 +253,6 @@ def figures() -> tuple[Figure, ...]:
         InputError: `costs.yaml` was changed and does not fit.
     """
     return load_model(FIGURES, _Figures).figures
-
-
-def _work(cell: Cell, cells: dict[str, Cell]) -> float:
-    """What the time grows with: rows of a dataset, rows times epochs of a training, else 1."""
-    recipe = cell.spec.get("recipe", {})
-    if cell.kind == "teacher":
-        return float(cell.spec["persona"]["rows"] * float(recipe.get("num_epochs") or 1))
-    if cell.kind != "student":
-        return _rows(cell)
-    dataset = cells.get(cell.spec.get("dataset", ""))
-    rows = _rows(dataset) if dataset is not None else 1.0
-    return float(rows * float(recipe.get("num_epochs") or 1))
-
-
-def _rows(cell: Cell) -> float:
-    return float(cell.spec.get("rows") or 1) if cell.kind == "dataset" else 1.0
 
 
 def _rank(cell: Cell) -> float:

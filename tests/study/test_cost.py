@@ -66,6 +66,14 @@ def test_stated_figures_have_a_source_and_scale(tmp_path: Path) -> None:
     assert all(one.source for one in figures())
 
 
+def test_a_probe_costs_what_it_asks(tmp_path: Path) -> None:
+    whole = lines(write_study(tmp_path), tmp_path / "run")["probe logprob"]
+    few = lines(write_study(tmp_path, probes__limit=5), tmp_path / "run")["probe logprob"]
+    assert whole.hours and few.hours and whole.bytes and few.bytes
+    assert few.hours == pytest.approx([hours / 10 for hours in whole.hours])
+    assert few.bytes == pytest.approx([size / 10 for size in whole.bytes])
+
+
 def test_adapters_are_as_large_as_their_architecture_says() -> None:
     """Weights a rank, from the published configurations, in 2 and 4 bytes."""
     geometry = {
