@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 
 # Two processes of one thread each: more threads would slow each other.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 25
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m slow

@@ -5,7 +5,7 @@ server that trainings are forked from, a training. Half of them come within the 
 what has just been started, where folders, locks and plans are made; the others up to ten seconds
 later, and every eighth waits for a training to be there or for a further cell to be done, which a
 run that dies every few seconds rarely comes to. Whatever ended is started again with the
-same command, sometimes twice at once. `CHAOS_KILLS` (200), `CHAOS_MINUTES` (24) and `CHAOS_SEED`
+same command, sometimes twice at once. `CHAOS_KILLS` (200), `CHAOS_MINUTES` (20) and `CHAOS_SEED`
 set how many, for how long at most before the run is let alone, and which.
 """
 
@@ -31,7 +31,7 @@ from .conftest import sublim
 from .processes import command_line, marked, none_left, start
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "200"))
-MINUTES = float(os.environ.get("CHAOS_MINUTES", "24"))
+MINUTES = float(os.environ.get("CHAOS_MINUTES", "20"))
 SEED = int(os.environ.get("CHAOS_SEED", str(random.SystemRandom().randrange(10**6))))
 
 PATIENCE_S, PAUSE_S = 30.0, 10.0
