@@ -74,6 +74,7 @@ def _train(command: list[str], log: str, environment: dict[str, str], cwd: str) 
     # from another fork server, which imports everything once more
     multiprocessing.set_start_method("fork", force=True)
     gc.freeze()  # what was imported stays, so that each of the hosts' collections need not look
+    gc.enable()
     sys.argv = ["axolotl", *command]
     from axolotl.cli.main import main
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from sublim_plugin.core.hashing import sha256_json, sha256_text
 from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.core.manifest import (
     MANIFEST_NAME,
+    Manifest,
+    check_outputs,
     is_done,
     read_manifest,
     verify,
@@ -223,7 +226,7 @@ def score_probe(
         started = time.time()
         inputs: dict[str, dict[str, Any]] = {"base_model": fingerprint(evaluator.base)}
         if student is not None:
-            trained = verify(student.parent)
+            trained = _verified(student.parent)
             inputs["student"] = {
                 "id": trained.id,
                 "sha256": {
@@ -271,6 +274,18 @@ def score_probe(
             },
             notes=result.results.get("notes", []),
         )
+
+
+def _verified(folder: Path) -> Manifest:
+    """`verify`, hashing again only what was changed: the probes of a student follow each other."""
+    stats = check_outputs(folder, read_manifest(folder), deep=False)
+    stamps = ((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in stats.values())
+    return _hashed(folder, tuple(stamps))
+
+
+@lru_cache(maxsize=8)
+def _hashed(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> Manifest:
+    return verify(folder)
 
 
 def localize_student(
