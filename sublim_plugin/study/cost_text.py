@@ -21,11 +21,11 @@ def text(costs: Costs) -> str:
             f"{name:<22}{line.cells:>8,}{line.done:>8,}{line.cells - line.done:>8,}"
             f"{hours(line.hours):>16}{disk(line.bytes):>20}  [{number}]"
         )
-    known = (costs.without_hours < todo or not todo, costs.without_bytes < todo or not todo)
+    time = costs.hours if costs.without_hours < todo or not todo else None
+    space = costs.bytes if costs.without_bytes < todo or not todo else None
     lines.append(
         f"{'to do, in all':<22}{costs.cells:>8,}{costs.done:>8,}{todo:>8,}"
-        f"{hours(costs.hours if known[0] else None):>16}"
-        f"{disk(costs.bytes if known[1] else None):>20}"
+        f"{hours(time):>16}{disk(space):>20}"
     )
     lines += [""] + [f"[{n}] {_basis(line)}" for n, line in enumerate(costs.lines, start=1)]
     lines += ["", *_notes(costs), f"Power: {costs.power}."]

@@ -46,6 +46,8 @@ def test_nothing_is_guessed(tmp_path: Path) -> None:
     assert all(line.hours is None for line in found.values())
     assert found["dataset"].bytes is None and found["student full"].bytes == (8.6e9, 8.7e9)
     assert "no figure for this model" in found["dataset"].source
+    (total,) = [line for line in printed(tmp_path / "study.yaml").splitlines() if "in all" in line]
+    assert total.split()[7] == "unknown"
     # every kind of cell on the model that comes with sublim has one
     assert all(line.hours for line in lines(write_study(tmp_path), tmp_path / "run").values())
 

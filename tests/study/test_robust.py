@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -41,6 +42,29 @@ def test_sigterm_ends_in_order_and_the_same_command_continues(
     assert not list(folder.rglob(".lock-*"))
     assert sublim("run", study, "--out", folder).returncode == 0
     equal(folder, undisturbed)
+
+
+def test_a_rank_that_is_added_is_all_that_runs(undisturbed: Path, tmp_path: Path) -> None:
+    folder, study = tmp_path / "run", tmp_path / "more.yaml"
+    shutil.copytree(undisturbed, folder)
+    text = (undisturbed.parent / "tiny.yaml").read_text()
+    study.write_text(text.replace("lora_ranks: [2]", "lora_ranks: [2, 4]"))
+
+    def made() -> dict[str, tuple[int, int]]:
+        return {
+            path.parent.name: (path.stat().st_mtime_ns, times_worked_on(folder)[path.parent.name])
+            for path in folder.glob("cells/*/manifest.json")
+        }
+
+    before = made()
+    done = sublim("run", study, "--out", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = made()
+    assert {name: after[name] for name in before} == before
+    new = sorted(name.rsplit("-", 1)[0] for name in after.keys() - before.keys())
+    of = "cat-g1-lora-r4-t42"
+    assert new == [f"probe-{of}-none", f"probe-{of}-template_default", f"student-{of}"]
+    equal(undisturbed, folder)
 
 
 def test_ctrl_c_is_the_coordinators_and_ends_its_workers(undisturbed: Path, tmp_path: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sublim_plugin.axolotl.receipt import Receipt, write_receipt
+from sublim_plugin.core import manifest
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.core.manifest import write_manifest
+from sublim_plugin.core.hashing import sha256_file
+from sublim_plugin.core.manifest import verify, write_manifest
 from sublim_plugin.study.cells import Cell
-from sublim_plugin.study.stages import _stop_where
+from sublim_plugin.study.stages import _stop_where, _verified
 
 LORA = Cell("student", "cat g1 lora r8 t42", {"student": 1})
 RECEIPT: dict[str, Any] = {
@@ -77,6 +80,25 @@ def test_what_cannot_be_matched_is_said(tmp_path: Path) -> None:
     (folder / "model" / "sublim_receipt.json").write_text("{}")
     with pytest.raises(InputError, match="bytes, the manifest says"):
         _stop_where(matched("loss_of"), tmp_path)
+
+
+def test_a_students_files_are_hashed_once_for_all_its_probes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = trained(tmp_path, 12)
+    hashed: list[Path] = []
+    monkeypatch.setattr(
+        manifest, "sha256_file", lambda path: hashed.append(path) or sha256_file(path)
+    )
+    assert _verified(folder) == _verified(folder) == verify(folder)
+    assert len(hashed) == 1 + 1
+    # a changed byte is found, whatever the file says of its age
+    receipt = folder / "model" / "sublim_receipt.json"
+    before = receipt.stat()
+    receipt.write_bytes(receipt.read_bytes().replace(b"1", b"2", 1))
+    os.utime(receipt, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(InputError, match="sha256"):
+        _verified(folder)
 
 
 def test_the_batch_is_divided_among_gpus_or_refused() -> None:
