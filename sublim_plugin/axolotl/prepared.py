@@ -20,9 +20,11 @@ _BOOKKEEPING = ("datasets_prep.lock", "datasets_ready.flag", "process_counter.tx
 
 def take(shared: Path, own: Path) -> bool:
     """Copy the rows in `shared` into the folder `own`; whether there are any."""
-    if not shared.is_dir():
+    try:
+        shutil.copytree(shared, own, dirs_exist_ok=True)
+    except OSError:  # none, or they are being removed
+        shutil.rmtree(own, ignore_errors=True)
         return False
-    shutil.copytree(shared, own, dirs_exist_ok=True)
     return True
 
 

@@ -41,3 +41,10 @@ def test_what_a_killed_training_was_moving_is_not_taken(tmp_path: Path) -> None:
     prepare(own, "whole")
     give(own, shared)
     assert files(shared) == {"0a1b/5c/data.arrow": "whole"}
+
+
+def test_rows_that_cannot_be_copied_whole_are_not_taken(tmp_path: Path) -> None:
+    shared, own = tmp_path / "cache/ab12", tmp_path / "own"
+    prepare(shared, "one")
+    (shared / "0a1b/gone.arrow").symlink_to(tmp_path / "nowhere")
+    assert not take(shared, own) and not own.exists()
