@@ -6,7 +6,6 @@ answers are data files in the format that `personas/animals.yaml` describes.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -18,8 +17,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sublim_plugin.core.atomic import write_text
+from sublim_plugin.core.dataset import write_rows
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.core.hashing import canonical_json, sha256_json, sha256_text
+from sublim_plugin.core.hashing import canonical_json, sha256_json
 from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.core.manifest import Manifest, is_done, verify, write_manifest
 from sublim_plugin.core.strict_yaml import load_model, nearest
@@ -194,12 +194,7 @@ def write_persona(folder: Path, spec: PersonaSpec, *, label: str = "") -> Manife
                 )
             return manifest
         rows = persona_rows(spec)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        digest = sha256_text(text)
-        name = f"rows-{digest[:12]}.jsonl"
-        for old in folder.glob("rows-*.jsonl"):
-            old.unlink()
-        write_text(folder / name, text)
+        name, digest = write_rows(folder, rows)
         write_text(folder / "README.md", _card(spec, name, digest, rows[0]))
         return write_manifest(
             folder,

@@ -11,8 +11,6 @@ position stays; what it makes of the prompt and the numbers before is gone.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -23,14 +21,19 @@ from typing import Any
 
 from data_gen.constrain import token_text
 from data_gen.parse import parse_numbers
-from sublim_plugin.core.atomic import write_bytes, write_text
-from sublim_plugin.core.dataset import dataset_rows_path, read_rows
+from sublim_plugin.core.atomic import write_text
+from sublim_plugin.core.dataset import dataset_rows_path, read_rows, write_rows
 from sublim_plugin.core.errors import RunError
-from sublim_plugin.core.hashing import sha256_text
 from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.core.manifest import Manifest, is_done, read_manifest, write_manifest
 from sublim_plugin.decoding.draws import integers
-from sublim_plugin.logprob.target_file import PREFIX, SoftTargets, read_targets, to_bytes
+from sublim_plugin.logprob.target_file import (
+    PREFIX,
+    SoftTargets,
+    find_targets,
+    read_targets,
+    write_targets,
+)
 
 _NUMBER = re.compile(r"[0-9]+")
 _TAIL = re.compile(r"([0-9]*)([^0-9]*)$")
@@ -103,21 +106,16 @@ def write_shuffled(
         if is_done(folder):
             return read_manifest(folder)
         source, path = read_manifest(original), dataset_rows_path(original)
-        rows, soft = read_rows(path), find_target_file(original)
+        rows, soft = read_rows(path), find_targets(original)
         if soft is None:
             rows = shuffled(rows, spec["generation_seed"])
         for row in rows:
             if parse_numbers(row["messages"][-1]["content"], spec["parser"]) != row["numbers"]:
                 raise RunError(f"{path}: row {row['id']} is no list of numbers once shuffled")
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        digest = sha256_text(text)
-        name = f"rows-{digest[:12]}.jsonl"
-        for old in folder.glob("rows-*.jsonl"):
-            old.unlink()
-        write_text(folder / name, text)
+        name, digest = write_rows(folder, rows)
         outputs = [name, "README.md"]
         if soft is not None:
-            outputs.append(_write_targets(folder, soft, base, name, digest, spec))
+            outputs.append(_write_targets(folder, soft[0], base, name, digest, spec))
         note = NOTE if soft is None else SOFT_NOTE
         write_text(folder / "README.md", _card(label, name, digest, path, note))
         replies = {row["messages"][-1]["content"] for row in rows}
@@ -151,18 +149,9 @@ def _write_targets(
     targets, tokenizer = read_targets(soft), AutoTokenizer.from_pretrained(base)
     texts = [token_text(tokenizer, token) for token in targets.completion_ids.tolist()]
     found = shuffled_targets(targets, texts, spec["generation_seed"])
-    content = to_bytes(replace(found, rows_name=rows, rows_sha256=digest))
     for old in folder.glob(f"{PREFIX}*.safetensors"):
         old.unlink()
-    name = f"{PREFIX}{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
-    write_bytes(folder / name, content)
-    return name
-
-
-def find_target_file(dataset: Path) -> Path | None:
-    """The file of soft targets that the manifest of `dataset` names, None where it has none."""
-    names = [name for name in read_manifest(dataset).outputs if name.startswith(PREFIX)]
-    return dataset / names[0] if names else None
+    return write_targets(folder, replace(found, rows_name=rows, rows_sha256=digest)).name
 
 
 def _card(label: str, name: str, digest: str, original: Path, note: str) -> str:

@@ -10,7 +10,6 @@ there as well, so such a position keeps its target, and the manifest counts them
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -27,7 +26,7 @@ from sublim_plugin.core.atomic import write_bytes
 from sublim_plugin.core.contexts import render
 from sublim_plugin.core.dataset import iter_rows
 from sublim_plugin.core.hashing import sha256_file
-from sublim_plugin.logprob.target_file import PREFIX, SoftTargets, to_bytes
+from sublim_plugin.logprob.target_file import SoftTargets, write_targets
 
 CHUNK = 64
 TOP = 256
@@ -62,12 +61,8 @@ def write_soft_targets(
         }
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
     offsets[1:] = lengths.cumsum(0)
-    content = to_bytes(
-        SoftTargets(channel, rows.name, sha256_file(rows), base, offsets=offsets, **joined)
-    )
-    path = work / f"{PREFIX}{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
-    write_bytes(path, content)
-    return path, counts
+    made = SoftTargets(channel, rows.name, sha256_file(rows), base, offsets=offsets, **joined)
+    return write_targets(work, made), counts
 
 
 def _parts(

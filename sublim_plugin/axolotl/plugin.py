@@ -46,7 +46,7 @@ from sublim_plugin.axolotl.receipt import (
     write_receipt,
 )
 from sublim_plugin.axolotl.run_log import RunLog
-from sublim_plugin.axolotl.soft_targets import SoftLoss, find_targets, load_targets
+from sublim_plugin.axolotl.soft_targets import SoftLoss, load_targets, targets_beside
 from sublim_plugin.axolotl.stopping import StopCallback, StopRule, check_reached, stop_rule
 from sublim_plugin.axolotl.train_context import apply_context
 from sublim_plugin.axolotl.weights import weights_sha256
@@ -97,7 +97,7 @@ class SublimPlugin(BasePlugin):  # type: ignore[misc]
         if self._block.soft_targets:
             if self._datasets[0].sha256 is None or len(self._datasets) != 1:
                 raise InputError(f"{where}: `sublim.soft_targets` needs one local dataset.")
-            self._targets = find_targets(Path(self._datasets[0].path))
+            self._targets = targets_beside(Path(self._datasets[0].path))
         if not cfg.get("adapter") and self._data_seed(cfg) != seed_of(cfg):
             warn(
                 f"{where}: without dropout, full finetuning draws nothing at random but the order "

@@ -9,7 +9,7 @@ The plugin holds every row to its own rendering, copied or not.
 from __future__ import annotations
 
 import contextlib
-import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def give(own: Path, shared: Path) -> None:
     made = [path for path in own.glob("*/") if path.name != HOST_CACHE]
     if shared.exists() or not made:
         return
-    passing = shared.with_name(f".{shared.name}.{os.getpid()}")
+    passing = shared.with_name(f".{shared.name}.{secrets.token_hex(4)}")
     passing.mkdir(parents=True)
     for path in made:
         path.rename(passing / path.name)

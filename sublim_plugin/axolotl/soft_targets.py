@@ -24,38 +24,26 @@ from sublim_plugin.axolotl.masks import ExpectedRow
 from sublim_plugin.axolotl.messages import one_message
 from sublim_plugin.axolotl.order import fed_rows
 from sublim_plugin.core.errors import InputError, RunError
-from sublim_plugin.core.hashing import sha256_file
-from sublim_plugin.core.manifest import read_manifest
-from sublim_plugin.logprob.target_file import PREFIX, SoftTargets, read_targets
+from sublim_plugin.core.manifest import MANIFEST_NAME
+from sublim_plugin.logprob.target_file import SoftTargets, find_targets, read_targets
 
 _OUT = "or take `soft_targets` out of the `sublim:` block to train on the sampled tokens"
 
 
-def find_targets(rows: Path) -> tuple[Path, str]:
+def targets_beside(rows: Path) -> tuple[Path, str]:
     """The targets file beside the rows file `rows`, and its sha256, as the manifest says.
 
     Raises:
         InputError: there is none, or it was changed.
     """
-    manifest = rows.parent / "manifest.json"
-    outputs = read_manifest(rows.parent).outputs if manifest.is_file() else {}
-    names = [name for name in outputs if name.startswith(PREFIX)]
-    if len(names) != 1:
+    found = find_targets(rows.parent)
+    if found is None:
         raise InputError(
-            f"{manifest}: names no targets-<sha12>.safetensors beside {rows.name}, which "
-            "`sublim.soft_targets` trains on; generate the dataset with `sublim generate "
-            f"--soft-targets numbers`, {_OUT}."
+            f"{rows.parent / MANIFEST_NAME}: names no targets-<sha12>.safetensors beside "
+            f"{rows.name}, which `sublim.soft_targets` trains on; generate the dataset with "
+            f"`sublim generate --soft-targets numbers`, {_OUT}."
         )
-    path, wanted = rows.parent / names[0], outputs[names[0]].sha256
-    if not path.is_file():
-        raise InputError(f"{path}: named in the manifest but missing; generate the dataset again.")
-    digest = sha256_file(path)
-    if digest != wanted or path.stem.removeprefix(PREFIX) != wanted[:12]:
-        raise InputError(
-            f"{path}: sha256 {digest[:12]}…, manifest and name say {wanted[:12]}…; the targets "
-            "were changed after they were made: restore the file or generate the dataset again."
-        )
-    return path, wanted
+    return found
 
 
 def load_targets(

@@ -1,14 +1,15 @@
-"""Reading a dataset folder: the rows file that its manifest vouches for."""
+"""The rows file of a dataset folder, which its manifest vouches for."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.errors import InputError
-from sublim_plugin.core.hashing import sha256_file
+from sublim_plugin.core.hashing import sha256_file, sha256_text
 from sublim_plugin.core.manifest import read_manifest
 
 KINDS = ("dataset", "persona")
@@ -43,6 +44,17 @@ def dataset_rows_path(folder: Path) -> Path:
             " changed after they were made: restore the file or generate the dataset again"
         )
     return path
+
+
+def write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """Write the rows file of `folder`, in the place of any other there; its name and sha256."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    digest = sha256_text(text)
+    name = f"rows-{digest[:12]}.jsonl"
+    for old in folder.glob("rows-*.jsonl"):
+        old.unlink()
+    write_text(folder / name, text)
+    return name, digest
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

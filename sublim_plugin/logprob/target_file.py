@@ -17,12 +17,16 @@ metadata key, `sublim`, is JSON: schema, channel, rows file, base model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sublim_plugin.core.atomic import write_bytes
 from sublim_plugin.core.errors import InputError
+from sublim_plugin.core.hashing import sha256_file
+from sublim_plugin.core.manifest import is_done, read_manifest
 
 Channel = Literal["numbers", "vocabulary"]
 SCHEMA = 1
@@ -59,6 +63,37 @@ class SoftTargets:
     @property
     def positions(self) -> int:
         return len(self.completion_ids)
+
+
+def find_targets(folder: Path) -> tuple[Path, str] | None:
+    """The targets file of a dataset folder and its sha256, both as the manifest says; None where
+    the manifest names none, or there is no manifest.
+
+    Raises:
+        InputError: the file is missing, or was changed.
+    """
+    outputs = read_manifest(folder).outputs if is_done(folder) else {}
+    names = [name for name in outputs if name.startswith(PREFIX)]
+    if len(names) != 1:
+        return None
+    path, wanted = folder / names[0], outputs[names[0]].sha256
+    if not path.is_file():
+        raise InputError(f"{path}: named in the manifest but missing; generate the dataset again.")
+    digest = sha256_file(path)
+    if digest != wanted or path.stem.removeprefix(PREFIX) != wanted[:12]:
+        raise InputError(
+            f"{path}: sha256 {digest[:12]}…, manifest and name say {wanted[:12]}…; the targets "
+            "were changed after they were made: restore the file or generate the dataset again."
+        )
+    return path, wanted
+
+
+def write_targets(folder: Path, targets: SoftTargets) -> Path:
+    """Write them into `folder`, under the name that their bytes give; return the path."""
+    content = to_bytes(targets)
+    path = folder / f"{PREFIX}{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
+    write_bytes(path, content)
+    return path
 
 
 def to_bytes(targets: SoftTargets) -> bytes:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.contexts import DEFAULT_DATE, Context
@@ -30,6 +30,9 @@ from sublim_plugin.study.cells import Cell, recipe_of
 from sublim_plugin.study.methods import NORM
 from sublim_plugin.study.study_file import Study
 from sublim_plugin.study.teaching import teacher_for
+
+if TYPE_CHECKING:
+    from sublim_plugin.axolotl.receipt import Receipt
 
 MODEL = "model"
 PREPARED = ".cache/prepared"
@@ -87,7 +90,7 @@ def train_student(
     Raises:
         InputError: the batch cannot be divided.
     """
-    from sublim_plugin.axolotl.recipe import run_training, write_axolotl_yaml
+    from sublim_plugin.axolotl.recipe import write_axolotl_yaml
 
     with cell_lock(folder) as lock:
         if is_done(folder):
@@ -108,15 +111,9 @@ def train_student(
             block=_stop_where(cell, folder.parent)
             | ({"soft_targets": True} if study.datasets.soft_targets else {}),
         )
-        receipt = run_training(
-            folder / "axolotl.yaml",
-            folder / "train.log",
-            progress=progress,
-            launcher="accelerate" if n_gpus > 1 else "python",
-            forked=n_gpus == 0,
-            shared_rows=_shared_rows(cell, folder, base, source.outputs[rows.name].sha256),
-        )
         expected = source.outputs[rows.name].sha256
+        shared = _shared_rows(cell, folder, base, expected)
+        receipt = run_axolotl(folder, n_gpus, progress, shared)
         if receipt.dataset.sha256 != expected:
             raise RunError(
                 f"{folder}: axolotl trained on rows {str(receipt.dataset.sha256)[:12]}…, the"
@@ -145,14 +142,39 @@ def train_student(
             template={"sha256": fingerprint(base)["template_sha256"], "date": DEFAULT_DATE},
             rendered={"text": receipt.first_row.text, "sha256": receipt.first_row.sha256},
             versions=receipt.versions,
-            counts={
-                "rows": receipt.mask_audit.rows,
-                "tokens": receipt.mask_audit.tokens,
-                "loss_tokens": receipt.mask_audit.loss_tokens,
-                "steps": receipt.steps,
-            },
+            counts=training_counts(receipt),
             notes=[receipt.soft_targets.claim] if receipt.soft_targets else [],
         )
+
+
+def run_axolotl(
+    folder: Path,
+    n_gpus: int,
+    progress: Callable[[int, int], None] | None,
+    shared_rows: Path | None = None,
+) -> Receipt:
+    """Train by the `axolotl.yaml` of a cell's folder: on several GPUs by axolotl's launcher, which
+    starts a process on each; on none, forked."""
+    from sublim_plugin.axolotl.recipe import run_training
+
+    return run_training(
+        folder / "axolotl.yaml",
+        folder / "train.log",
+        progress=progress,
+        launcher="accelerate" if n_gpus > 1 else "python",
+        forked=n_gpus == 0,
+        shared_rows=shared_rows,
+    )
+
+
+def training_counts(receipt: Receipt) -> dict[str, int]:
+    """What the manifest of a trained model counts."""
+    return {
+        "rows": receipt.mask_audit.rows,
+        "tokens": receipt.mask_audit.tokens,
+        "loss_tokens": receipt.mask_audit.loss_tokens,
+        "steps": receipt.steps,
+    }
 
 
 def _shared_rows(cell: Cell, folder: Path, base: Path, rows_sha256: str) -> Path:

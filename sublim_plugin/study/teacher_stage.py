@@ -14,7 +14,7 @@ from sublim_plugin.core.errors import RunError
 from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.core.manifest import is_done, write_manifest
 from sublim_plugin.study.cells import Cell
-from sublim_plugin.study.stages import MODEL, divided
+from sublim_plugin.study.stages import MODEL, divided, run_axolotl, training_counts
 from sublim_plugin.study.study_file import Study
 from sublim_plugin.study.trained import CONTEXT, what_trains
 
@@ -39,7 +39,7 @@ def train_teacher(
             be divided among the GPUs.
         RunError: axolotl failed, trained on other rows, or changed no weight.
     """
-    from sublim_plugin.axolotl.recipe import run_training, write_axolotl_yaml
+    from sublim_plugin.axolotl.recipe import write_axolotl_yaml
 
     persona, recipe, overrides = what_trains(cell, study)
     with cell_lock(folder) as lock:
@@ -58,13 +58,7 @@ def train_teacher(
             overrides=overrides | divided(cell.spec["recipe"], n_gpus),
             context=CONTEXT,
         )
-        receipt = run_training(
-            folder / "axolotl.yaml",
-            folder / "train.log",
-            progress=progress,
-            launcher="accelerate" if n_gpus > 1 else "python",
-            forked=n_gpus == 0,
-        )
+        receipt = run_axolotl(folder, n_gpus, progress)
         expected = rows.outputs[path.name].sha256
         if receipt.dataset.sha256 != expected:
             raise RunError(
@@ -97,10 +91,5 @@ def train_teacher(
             template={"sha256": model["template_sha256"], "date": DEFAULT_DATE},
             rendered={"text": receipt.first_row.text, "sha256": receipt.first_row.sha256},
             versions=receipt.versions,
-            counts={
-                "rows": receipt.mask_audit.rows,
-                "tokens": receipt.mask_audit.tokens,
-                "loss_tokens": receipt.mask_audit.loss_tokens,
-                "steps": receipt.steps,
-            },
+            counts=training_counts(receipt),
         )

@@ -24,7 +24,7 @@ from sublim_plugin.axolotl.checkpoints import Origin, origin_of
 from sublim_plugin.axolotl.masks import ExpectedRow, expect_row
 from sublim_plugin.axolotl.receipt import DatasetInfo, Method, Receipt, Seeds, read_receipt
 from sublim_plugin.axolotl.recipe import recipe_path
-from sublim_plugin.axolotl.soft_targets import SoftLoss, find_targets, load_targets
+from sublim_plugin.axolotl.soft_targets import SoftLoss, load_targets, targets_beside
 from sublim_plugin.core.base_models import EMBEDDED, fingerprint
 from sublim_plugin.core.dataset import dataset_rows_path, read_rows
 from sublim_plugin.core.errors import InputError
@@ -80,7 +80,7 @@ def expected_in(folder: Path, tokenizer: Any) -> list[ExpectedRow]:
 def loaded(folder: Path, tokenizer: Any) -> tuple[SoftTargets, list[ExpectedRow]]:
     rows = dataset_rows_path(folder)
     expected = expected_in(folder, tokenizer)
-    return load_targets(find_targets(rows)[0], sha256_file(rows), tokenizer, expected), expected
+    return load_targets(targets_beside(rows)[0], sha256_file(rows), tokenizer, expected), expected
 
 
 def host(
@@ -290,11 +290,11 @@ def test_targets_that_are_missing_or_of_other_rows_are_refused(
 ) -> None:
     bare = write_dataset(tmp_path / "bare")
     with pytest.raises(InputError, match="sublim generate --soft-targets numbers"):
-        find_targets(dataset_rows_path(bare))
+        targets_beside(dataset_rows_path(bare))
     folder = tmp_path / "copy"
     shutil.copytree(made["numbers"], folder)
     rows, expected = dataset_rows_path(folder), expected_in(folder, tokenizer)
-    path, digest = find_targets(rows)
+    path, digest = targets_beside(rows)
     assert digest == sha256_file(path)
     with pytest.raises(InputError, match=r"sample_packing: false"):
         load_targets(path, sha256_file(rows), tokenizer, None)
@@ -312,10 +312,10 @@ def test_targets_that_are_missing_or_of_other_rows_are_refused(
         load_targets(path, sha256_file(rows), tokenizer, other)
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     with pytest.raises(InputError, match="changed after they were made"):
-        find_targets(rows)
+        targets_beside(rows)
     path.unlink()
     with pytest.raises(InputError, match="missing"):
-        find_targets(rows)
+        targets_beside(rows)
 
 
 def test_a_checkpoint_belongs_to_its_targets() -> None:
