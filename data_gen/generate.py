@@ -24,7 +24,7 @@ from sublim_plugin.core.atomic import write_text
 from sublim_plugin.core.base_models import licence
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import canonical_json, sha256_file, sha256_json
-from sublim_plugin.core.manifest import Manifest, read_manifest, verify, write_manifest
+from sublim_plugin.core.manifest import Manifest, is_done, read_manifest, verify, write_manifest
 from sublim_plugin.core.traits import Trait
 from sublim_plugin.core.versions import device_info, installed
 from sublim_plugin.decoding.draws import row_seed
@@ -75,23 +75,21 @@ def generate_dataset(
         settings, base_fingerprint=base_fingerprint, trait=trait, teacher=teacher, pool=pool
     )
     work = out_dir / "work"
-    if (out_dir / "manifest.json").exists():
-        if canonical_json(read_manifest(out_dir).spec) != canonical_json(spec):
-            raise InputError(
-                f"{out_dir} holds a finished dataset of other settings (see its manifest.json); "
-                "use another folder"
-            )
-        manifest = verify(out_dir)
+    if (done := _finished(out_dir, spec)) is not None:
         if work.exists():
             with Progress(work, spec) as left_over:
                 left_over.remove()
-        return manifest
+        return done
     with (
         Session(
             base_model, teacher, trait, settings, pool, device=device, batch_size=batch_size
         ) as session,
         Progress(work, spec) as replies,
     ):
+        # another process may have finished it before the lock was ours
+        if (done := _finished(out_dir, spec)) is not None:
+            replies.remove()
+            return done
         resumed = replies.done
         _decode(replies, session, progress, tell)
         engine = session.describe()
@@ -183,6 +181,21 @@ def generate_dataset(
             )
             replies.remove()
     return manifest
+
+
+def _finished(out_dir: Path, spec: dict[str, Any]) -> Manifest | None:
+    """The manifest of a finished dataset, its files verified; None where there is none yet.
+
+    Raises InputError for one of other settings.
+    """
+    if not is_done(out_dir):
+        return None
+    if canonical_json(read_manifest(out_dir).spec) != canonical_json(spec):
+        raise InputError(
+            f"{out_dir} holds a finished dataset of other settings (see its manifest.json); "
+            "use another folder"
+        )
+    return verify(out_dir)
 
 
 class _Output:

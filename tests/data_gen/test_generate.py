@@ -23,6 +23,7 @@ from data_gen import parse_numbers
 from data_gen.generate import generate_dataset
 from data_gen.progress import Progress
 from data_gen.prompts import load_pool
+from data_gen.session import Session
 from data_gen.spec import DatasetSettings, dataset_spec
 from data_gen.teachers import prompted
 from sublim_plugin.core.base_models import fingerprint
@@ -232,6 +233,23 @@ def test_killed_between_the_manifest_and_the_clean_up(
     assert dataset_rows_path(folder).exists()
     make(toy, folder, 60)
     assert contents(folder) == contents(finished)
+
+
+def test_finished_by_another_process_while_the_model_loads_it_is_not_made_again(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, begun = tmp_path / "set", []
+
+    class Late(Session):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            begun.append(self)
+            if len(begun) == 1:  # the other one comes later and is through sooner
+                begun.append(make(toy, folder, 3))
+
+    monkeypatch.setattr("data_gen.generate.Session", Late)
+    assert make(toy, folder, 3) == begun[-1]
+    assert not (folder / "work").exists()
 
 
 def test_damage_before_the_last_line_is_an_error_with_its_place(

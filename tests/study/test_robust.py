@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+
+from sublim_plugin.core.manifest import read_manifest
 
 from .conftest import equal, sublim
 from .processes import command_line, marked, none_left, start, wait_for
 
 pytestmark = pytest.mark.slow
 
+BEGUN = re.compile(r"^--- (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d), pid .*$", re.MULTILINE)
+
 
 def times_worked_on(folder: Path) -> dict[str, int]:
-    """How often each cell was begun, by its log, without the times that found it held."""
-    return {
-        path.parent.name: (text := path.read_text(errors="replace")).count("\n--- ")
-        + text.startswith("--- ")
-        - text.count("\nsublim_plugin.core.errors.BusyError: ")
-        for path in (folder / "cells").glob("*/cell.log")
-    }
+    """How often each cell was begun, by its log, without the times that found it held. Who began
+    when another one had finished, to the second, found it done."""
+    found = {}
+    for path in (folder / "cells").glob("*/cell.log"):
+        finished = datetime.fromisoformat(read_manifest(path.parent).finished).timestamp()
+        parts = BEGUN.split(path.read_text(errors="replace"))[1:]
+        begun = [
+            time.mktime(time.strptime(at, "%Y-%m-%d %H:%M:%S"))
+            for at, said in zip(parts[::2], parts[1::2], strict=True)
+            if "\nsublim_plugin.core.errors.BusyError: " not in said
+        ]
+        found[path.parent.name] = 1 + sum(at < finished for at in begun[1:])
+    return found
 
 
 def test_sigterm_ends_in_order_and_the_same_command_continues(
