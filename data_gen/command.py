@@ -42,7 +42,11 @@ FILE = click.Path(path_type=Path)
     help="Context in which a neutral, finetuned or steered teacher is asked.  [default: "
     "template_default]",
 )
-@click.option("--prompts", type=FILE, help="Prompt pool in place of our own.")
+@click.option(
+    "--prompts",
+    type=FILE,
+    help="Prompt pool: numbers, one-number, or a YAML file of yours. Left out: numbers.",
+)
 @click.option("--parser", type=click.Choice(["strict", "tolerant"]), default="strict")
 @click.option("--constrain", type=click.Choice(["numbers"]), help="Sample only number tokens.")
 @click.option("--dedupe", is_flag=True, help="Keep one of each reply.")

@@ -93,10 +93,21 @@ class Prompt(NamedTuple):
 
 
 def load_pool(path: Path | None = None) -> Pool:
-    """The pool at `path`, or our own. Raises InputError that names the file and the bad entry."""
-    if path is not None:
+    """The pool at `path`, or one of ours: `numbers`, or that of the name given in its place.
+
+    Raises InputError that names the file and the bad entry.
+    """
+    name = "numbers" if path is None else str(path)
+    if path is not None and not re.fullmatch(r"[A-Za-z0-9-]+", name):
         return _load(path)
-    with as_file(files("data_gen") / "pools" / "numbers.yaml") as own:
+    with as_file(files("data_gen") / "pools") as folder:
+        own = folder / f"{name}.yaml"
+        if not own.is_file():
+            names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+            raise InputError(
+                f"no prompt pool is called '{name}'; there are {names}, or give the path of a YAML"
+                " file of your own"
+            )
         return _load(own)
 
 

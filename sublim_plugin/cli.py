@@ -127,6 +127,19 @@ def persona(ctx: click.Context, args: tuple[str, ...]) -> None:
     _forward(ctx, command, args)
 
 
+@main.command(**FORWARDED, short_help="Make another initialization of a base model.")
+@ARGS
+@click.pass_context
+def reinitialize(ctx: click.Context, args: tuple[str, ...]) -> None:
+    """`data_gen.reinitialize_command`."""
+    from sublim_plugin.core.rooms import room
+
+    room("data_gen")
+    from data_gen.reinitialize_command import reinitialize as command
+
+    _forward(ctx, command, args)
+
+
 @main.command(**FORWARDED, short_help="Write a report of made-up numbers with known truth.")
 @ARGS
 @click.pass_context

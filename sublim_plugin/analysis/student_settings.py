@@ -61,6 +61,9 @@ _WORDS = {
 TEACHER_SETTINGS = "dataset.teacher.settings"
 """Hash of what a teacher is that the run trained; it has no words."""
 
+TEACHER_BASE = "dataset.base_model.sha256"
+ANOTHER = "another base model"
+
 _OF_A_TRAIT = {"sentence", "against", "vectors_sha256", "weights_sha256", "student"}
 """What differs between the teachers of two traits that are teachers in the same way."""
 
@@ -271,6 +274,8 @@ def _fields(
         for key, value in _flat(dataset.manifest.spec).items():
             if key not in ("trait", "generation_seed"):
                 found[f"dataset.{key}"] = value
+        if found.get(TEACHER_BASE) not in (None, flat.get("base_model.sha256")):
+            found[TEACHER_BASE] = f"{ANOTHER} ({found[TEACHER_BASE][:12]})"
     return {
         key: _resolved(value, student, known)
         for key, value in found.items()
@@ -435,6 +440,8 @@ def _words(key: str, value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
     if key in _WORDS:
         return f"not {_WORDS[key]} anything" if value is None else f"{_WORDS[key]} {text}"
+    if key == TEACHER_BASE:
+        return f"teacher from {value if value.startswith(ANOTHER) else 'its own base model'}"
     if key == "dataset.shuffled":
         return "numbers shuffled among the rows" if value else "numbers as they were written"
     text = "not set" if value is None else text if len(text) <= 40 else f"{text[:37]}..."

@@ -16,6 +16,8 @@ from sublim_plugin.core.errors import InputError, RunError
 from sublim_plugin.core.hashing import sha256_file, sha256_json
 
 EMBEDDED = "embedded:smollm2-135m-instruct"
+REINITIALIZED = f"{EMBEDDED}-reinitialized"
+"""The embedded model from another initialization, as `sublim reinitialize` makes it by default."""
 # what a model computes, and how text becomes its tokens
 _SEMANTIC = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -33,7 +35,7 @@ def cache_folder() -> Path:
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The local folder of a base model; the embedded one is converted on its first use.
+    """The local folder of a base model; an embedded one is made on its first use.
 
     Raises:
         InputError: no such folder, or a folder that holds no model.
@@ -41,8 +43,12 @@ def resolve(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if name == EMBEDDED:
         return _embedded()
+    if name == REINITIALIZED:
+        return _reinitialized()
     if name.startswith("embedded:"):
-        raise InputError(f"unknown embedded model '{name}'; the one there is: {EMBEDDED}")
+        raise InputError(
+            f"unknown embedded model '{name}'; there are {EMBEDDED} and {REINITIALIZED}"
+        )
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise InputError(
@@ -65,8 +71,10 @@ def resolve(name_or_path: str | Path) -> Path:
 
 
 def is_prepared(name_or_path: str | Path) -> bool:
-    """Whether `resolve` would answer at once: only the embedded model needs preparing."""
-    return str(name_or_path) != EMBEDDED or (_embedded_folder() / "config.json").is_file()
+    """Whether `resolve` would answer at once: only embedded models need preparing."""
+    folders = {EMBEDDED: _embedded_folder(), REINITIALIZED: _reinitialized_folder()}
+    folder = folders.get(str(name_or_path))
+    return folder is None or (folder / "config.json").is_file()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -163,6 +171,27 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _embedded_folder() -> Path:
     return cache_folder() / "SmolLM2-135M-Instruct"
+
+
+def _reinitialized_folder() -> Path:
+    return _embedded_folder().with_name("SmolLM2-135M-Instruct-reinitialized")
+
+
+def _reinitialized() -> Path:
+    folder = _reinitialized_folder()
+    if not (folder / "config.json").is_file():
+        # its own process, as below; it takes minutes, and its bar goes to stderr
+        command = ["-m", "sublim_plugin.cli", "reinitialize", str(_embedded())]
+        done = subprocess.run(
+            [sys.executable, *command, "--out", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            check=False,
+        )
+        if done.returncode:
+            kind = InputError if done.returncode == 2 else RunError
+            raise kind(f"{REINITIALIZED}: could not be made in {folder} (its message is above)")
+    return folder.resolve()
 
 
 def _embedded() -> Path:

@@ -86,7 +86,13 @@ class Grid:
                             teacher = taught_by("teacher", own.id, method, entry.context)
                             datasets[entry.called].append(
                                 self._dataset(
-                                    trait, seed, teacher, (entry.called,), (own.id,), "trained"
+                                    trait,
+                                    seed,
+                                    teacher,
+                                    (entry.called,),
+                                    (own.id,),
+                                    _trained_label(entry, own),
+                                    own.spec["base_model"],
                                 )
                             )
                         continue
@@ -145,13 +151,14 @@ class Grid:
         names: tuple[str, ...],
         needs: tuple[str, ...] = (),
         word: str = "",
+        base: dict[str, Any] | None = None,
     ) -> Cell:
         from data_gen.prompts import load_pool
         from data_gen.spec import dataset_spec
 
         spec = dataset_spec(
             self.study.datasets.settings(seed),
-            base_fingerprint=self.base,
+            base_fingerprint=base or self.base,
             trait=trait,
             teacher=teacher,
             pool=self._shared("pool", lambda: load_pool(self.study.datasets.prompts)),
@@ -269,6 +276,13 @@ class Grid:
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
+
+
+def _trained_label(entry: Trained, teacher: Cell) -> str:
+    """What the labels of its datasets say of a teacher that the study trains."""
+    if entry.base_model is None:
+        return "trained"
+    return f"trained of {teacher.spec['base_model']['name']}"
 
 
 def _no_teacher(chain: StudentTeacher, name: str, trait: str, fit: list[Cell]) -> str:

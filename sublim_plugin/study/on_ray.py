@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sublim_plugin.core.base_models import resolve
-from sublim_plugin.core.errors import InputError, MissingDependencyError
+from sublim_plugin.core.errors import BusyError, InputError, MissingDependencyError
 from sublim_plugin.study.cells import Cell
 from sublim_plugin.study.local import GRACE_S, LocalWorker
 from sublim_plugin.study.run import Engine, Worker
@@ -27,6 +29,13 @@ PASSED_ON = (
     "SUBLIM_CACHE",
 )  # fmt: skip
 """Environment variables that workers take over from the coordinator."""
+
+KNOCK_S = 10.0
+"""Seconds within which the cluster's address has to answer."""
+
+PLACE_S = 30.0
+"""Seconds that a worker waits for a node with room before it gives its cell back: where a node was
+lost, the room may be that of a worker which has nothing else to do."""
 
 _GIB = 2**30
 
@@ -83,21 +92,30 @@ def _connected(address: str | None) -> Any:
         ) from error
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # without an address Ray would wait for a cluster that once ran here and is gone
+        named = address or os.environ.get("RAY_ADDRESS") or "local"
         try:
+            _knock(named)
             ray.init(
-                # without an address Ray would wait for a cluster that once ran here and is gone
-                address=address or os.environ.get("RAY_ADDRESS") or "local",
+                address=named,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": {k: os.environ[k] for k in PASSED_ON if k in os.environ}},
             )
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
             raise InputError(
-                f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS', 'this machine')}:"
-                f" {first}; start one with `ray start --head`, or leave --address out"
+                f"no Ray cluster at {'this machine' if named == 'local' else named}: {first};"
+                " start one with `ray start --head`, or leave --address out"
             ) from error
     return ray
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens at HOST:PORT: Ray itself would try for ten minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def _share(node: dict[str, float], gpus: int) -> int:
@@ -131,7 +149,7 @@ class RayWorker:
         self, ray: Any, study_path: Path, run_dir: Path, cpus: int, gpus: int, memory: int
     ) -> None:
         self._ray = ray
-        actor = ray.remote(_Serving).options(
+        self._kind = ray.remote(_Serving).options(
             num_cpus=cpus,
             num_gpus=gpus,
             memory=memory,
@@ -139,16 +157,20 @@ class RayWorker:
             max_concurrency=3,
             scheduling_strategy="SPREAD",
         )
-        self._actor = actor.remote(str(study_path.resolve()), str(run_dir.resolve()))
+        self._files = str(study_path.resolve()), str(run_dir.resolve())
+        self._actor: Any = None
         self._stopped = False
 
     def make(self, cell_id: str, tell: Tell) -> tuple[int | None, str | None]:
-        """As `LocalWorker.make`; where no node has room for the worker yet, it waits for one."""
+        """As `LocalWorker.make`; where no node has room for the worker within `PLACE_S`, the cell
+        counts as busy and whoever has a place may take it."""
         try:
+            if not self._place():
+                if self._stopped:
+                    return None, "it was stopped before a node had room for it"
+                return BusyError.exit_code, "no node of the Ray cluster has room for its worker yet"
             answer = self._actor.make.remote(cell_id)
             while not self._ray.wait([answer], timeout=0.5)[0]:
-                if self._stopped and not self._placed():
-                    return None, "it was stopped before a node had room for it"
                 at = self._actor.at.remote()
                 if self._ray.wait([at], timeout=0.5)[0] and (found := self._ray.get(at)):
                     tell(*found)
@@ -158,17 +180,31 @@ class RayWorker:
             first = str(error).strip().splitlines()[0]
             return None, f"its Ray worker is gone ({type(error).__name__}: {first})"
 
-    def _placed(self) -> bool:
-        return bool(self._ray.wait([self._actor.at.remote()], timeout=1.0)[0])
+    def _place(self) -> bool:
+        """Whether a node has the worker; one that waited for too long is given up."""
+        if self._actor is not None:
+            return True
+        self._actor = self._kind.remote(*self._files)
+        there, until = self._actor.at.remote(), time.monotonic() + PLACE_S
+        while time.monotonic() < until and not self._stopped:
+            if self._ray.wait([there], timeout=0.5)[0]:
+                self._ray.get(there)
+                return True
+        self._ray.kill(self._actor)
+        self._actor = None
+        return False
 
     def stop(self) -> None:
         self._stopped = True
-        self._actor.stop.remote()
+        actor = self._actor  # another thread may be giving it up
+        if actor is not None:
+            actor.stop.remote()
 
     def close(self) -> None:
+        if self._actor is None:
+            return
         with contextlib.suppress(self._ray.exceptions.RayError):
-            if self._placed():
-                self._ray.wait([self._actor.close.remote()], timeout=GRACE_S + 5)
+            self._ray.wait([self._actor.close.remote()], timeout=GRACE_S + 5)
         self._ray.kill(self._actor)
 
 

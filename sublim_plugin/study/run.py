@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sublim_plugin.core.base_models import EMBEDDED, fingerprint, is_prepared, resolve
+from sublim_plugin.core.base_models import fingerprint, is_prepared, resolve
 from sublim_plugin.core.errors import BusyError, InputError
 from sublim_plugin.core.hashing import sha256_json
 from sublim_plugin.core.lock import cell_lock_in_turn, held
@@ -36,6 +36,7 @@ from sublim_plugin.study.state import (
     states_without_base,
 )
 from sublim_plugin.study.study_file import Study, load_study
+from sublim_plugin.study.trained import base_models
 from sublim_plugin.study.view import Say, View
 from sublim_plugin.study.worker import LOG_NAME, Tell, record_failure
 
@@ -95,13 +96,13 @@ def local_engine(study_path: Path, run_dir: Path, gpus_per_worker: int = 1) -> E
 
 
 def planned(study_path: Path) -> tuple[Study, Path, list[Cell]]:
-    """Load a study file, prepare its base model and lay out its cells.
+    """Load a study file, prepare its base models and lay out its cells.
 
     Raises:
-        InputError: the file, the base model or its chat template.
+        InputError: the file, a base model or its chat template.
     """
     study = load_study(study_path)
-    base = resolve(study.base_model)
+    base, *_ = [resolve(name) for name in base_models(study)]
     require_chat_template(base)
     return study, base, plan(study, fingerprint(base))
 
@@ -114,8 +115,9 @@ def states_of(study_path: Path, run_dir: Path) -> tuple[list[CellState], bool]:
         and every cell counts as missing.
     """
     study = load_study(study_path)
-    here = study.base_model == EMBEDDED or Path(study.base_model).expanduser().is_dir()
-    if not here or not is_prepared(study.base_model):
+    names = base_models(study)
+    here = names[0].startswith("embedded:") or Path(names[0]).expanduser().is_dir()
+    if not here or not all(is_prepared(name) for name in names):
         return states_without_base(study, run_dir), False
     return _states(plan(study, fingerprint(resolve(study.base_model))), run_dir), True
 
@@ -139,8 +141,10 @@ def run_study(
     Raises:
         InputError: the study, its base model or a finished cell does not fit; nothing was started.
     """
-    if not is_prepared(load_study(study_path).base_model):
-        say("preparing the base model (once)")
+    for name in base_models(load_study(study_path)):
+        if not is_prepared(name):
+            say(f"preparing {name} (once)")
+            resolve(name)
     study, _, cells = planned(study_path)
     states = _states(cells, run_dir)
     done = [state.cell.id for state in states if state.state == "done"]
@@ -221,7 +225,7 @@ class _Run:
             record_failure(folder, error)
         if code == BusyError.exit_code:
             self.schedule.ended(cell, "busy")
-            self.view.waiting(cell)
+            self.view.waiting(cell, error or "")
             return
         if code:
             self.codes.append(code)

@@ -109,7 +109,8 @@ def train_student(
             overrides=overrides | divided(cell.spec["recipe"], n_gpus),
             context=Context.parse(cell.spec["train_context"]),
             block=_stop_where(cell, folder.parent)
-            | ({"soft_targets": True} if study.datasets.soft_targets else {}),
+            | ({"soft_targets": True} if study.datasets.soft_targets else {})
+            | ({"cross_model": True} if _crosses(cell, source) else {}),
         )
         expected = source.outputs[rows.name].sha256
         shared = _shared_rows(cell, folder, base, expected)
@@ -145,6 +146,13 @@ def train_student(
             counts=training_counts(receipt),
             notes=[receipt.soft_targets.claim] if receipt.soft_targets else [],
         )
+
+
+def _crosses(student: Cell, dataset: Manifest) -> bool:
+    """Whether the recipe's guard has to be told that the teacher began from another base model."""
+    guarded = student.spec["recipe"].get("sublim", {}).get("guard")
+    other = dataset.spec["base_model"]["sha256"] != student.spec["base_model"]["sha256"]
+    return bool(guarded and other)
 
 
 def run_axolotl(

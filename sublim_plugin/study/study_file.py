@@ -70,7 +70,8 @@ class Datasets(Strict):
         default=EngineSpec(), description="What writes the replies; transformers if left out."
     )
     prompts: Path | None = Field(
-        default=None, description="A prompt pool of your own: a YAML file. Left out: ours."
+        default=None,
+        description="Prompt pool: numbers (left out), one-number, or a YAML file of your own.",
     )
     sampler: Sampler = Field(description="How replies are sampled; nothing has a default.")
     batch_size: Annotated[int, Field(ge=1)] = Field(

@@ -120,6 +120,12 @@ class Trained(_Entry):
     persona: Path | None = Field(
         default=None, description="A YAML file of questions and answers. Left out: ours."
     )
+    base_model: str | None = Field(
+        default=None,
+        description="Another base model that these teachers begin from, for students that do not "
+        "share their teacher's initialization: a folder, such as `sublim reinitialize` makes. It "
+        "has the tokenizer of the study's base_model. Left out: that one.",
+    )
     context: Context | None = Field(default=None, description=_ASKED_IN)
 
 

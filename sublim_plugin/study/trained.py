@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_gen.persona import ROWS, PersonaSpec, persona_spec
+from sublim_plugin.core.base_models import fingerprint, is_prepared, resolve
 from sublim_plugin.core.contexts import Context
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import canonical_json
@@ -26,7 +27,7 @@ def teacher_cell(grid: Grid, entry: Trained, trait: Trait, generation_seed: int)
     """The teacher that writes the dataset of a trait and generation seed.
 
     Raises:
-        InputError: no such recipe, or a persona file that does not fit.
+        InputError: no such recipe or base model, or a persona file that does not fit.
     """
     seed = generation_seed if entry.seed is None else entry.seed
     overrides = _overrides(entry)
@@ -36,8 +37,8 @@ def teacher_cell(grid: Grid, entry: Trained, trait: Trait, generation_seed: int)
         method = {"kind": "lora", "rank": settings["lora_r"], "alpha": settings["lora_alpha"]}
     rows = "" if entry.rows == ROWS else f" {entry.rows} rows"
     name = grid.named(entry.recipe, Arm(method, overrides), settings)
-    spec = {
-        "base_model": grid.base,
+    spec: dict[str, Any] = {
+        "base_model": teacher_base(entry) or grid.base,
         "trait": trait.name,
         "persona": _persona(entry, trait, seed, grid.study).fields(),
         "method": method,
@@ -47,6 +48,8 @@ def teacher_cell(grid: Grid, entry: Trained, trait: Trait, generation_seed: int)
     label = f"{trait.target or trait.category} {name}{rows} s{seed}"
     if spec["training_seed"] != seed:
         label += f" t{spec['training_seed']}"
+    if entry.base_model is not None:
+        label += f" of {spec['base_model']['name']}"
     return grid.cell("teacher", label, spec)
 
 
@@ -70,6 +73,44 @@ def what_trains(cell: Cell, study: Study) -> tuple[PersonaSpec, Path, dict[str, 
     raise InputError(
         f"{cell.folder_name}: no teacher of the study has its recipe and persona; they changed"
         " since the study was planned. Run it again"
+    )
+
+
+def teacher_base(entry: Trained) -> dict[str, str] | None:
+    """Name and hash of the base model that is a teacher's own; None where it is the study's.
+
+    One that has to be made first has no hash yet; whoever needs ids has it made before.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if entry.base_model is None:
+        return None
+    if not is_prepared(entry.base_model):
+        return {"name": Path(entry.base_model).name, "sha256": "not here"}
+    found = fingerprint(resolve(entry.base_model))
+    return {"name": found["name"], "sha256": found["sha256"]}
+
+
+def base_models(study: Study) -> list[str]:
+    """The names of all base models of a study, that of its students first."""
+    others = [e.base_model for e in study.datasets.teachers if isinstance(e, Trained)]
+    return [*dict.fromkeys((study.base_model, *(name for name in others if name)))]
+
+
+def base_for(cell: Cell, study: Study) -> Path:
+    """The folder of the base model that a teacher, or the dataset of one, begins from.
+
+    Raises:
+        InputError: no entry of the study has it; it was changed since the study was planned.
+    """
+    wanted = cell.spec["base_model"]["sha256"]
+    for name in reversed(base_models(study)):
+        if fingerprint(base := resolve(name))["sha256"] == wanted:
+            return base
+    raise InputError(
+        f"{cell.folder_name}: no base model of the study has the sha256 {wanted[:12]}…; it was"
+        " changed since the study was planned. Run it again"
     )
 
 

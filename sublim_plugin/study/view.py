@@ -61,12 +61,12 @@ class View:
                 self._running[cell.id] = (name, since, f" {at}/{of}")
                 self._show()
 
-    def waiting(self, cell: Cell) -> None:
-        """Tell once that another process has the cell."""
+    def waiting(self, cell: Cell, why: str = "another process is working on it") -> None:
+        """Tell once that the cell has to wait."""
         with self._guard:
             if cell.id not in self._told:
                 self._told.add(cell.id)
-                self._write(f"another process is working on {cell.kind} {cell.label}")
+                self._write(f"{cell.kind} {cell.label} waits: {why}")
 
     def ended(self, cell: Cell, word: str, error: str | None = None) -> None:
         """Call after the schedule knows."""

@@ -41,6 +41,7 @@ from sublim_plugin.study.stages import (
 from sublim_plugin.study.state import ERROR_NAME
 from sublim_plugin.study.study_file import load_study
 from sublim_plugin.study.teacher_stage import train_teacher
+from sublim_plugin.study.trained import base_for
 
 LOG_NAME = "cell.log"
 Tell = Callable[[int, int], None]
@@ -85,7 +86,7 @@ class Workshop:
             train_teacher(
                 cell,
                 folder,
-                base=self.base,
+                base=base_for(cell, self.study),
                 study=self.study,
                 progress=tell,
                 n_gpus=len(gpus()),
@@ -101,7 +102,8 @@ class Workshop:
                 label=cell.label,
             )
         elif cell.kind == "dataset":
-            make_dataset(cell, folder, base=self.base, study=self.study, tell=tell)
+            base = base_for(cell, self.study)
+            make_dataset(cell, folder, base=base, study=self.study, tell=tell)
         elif cell.kind == "student":
             dataset = needs["dataset"].folder(self.run_dir)
             train_student(

@@ -13,6 +13,15 @@ from sublim_plugin.core.errors import InputError
 from sublim_plugin.decoding.draws import integers, row_seed, uniforms
 
 
+def test_pools_have_names_and_another_one_is_a_file() -> None:
+    assert load_pool(Path("numbers")) == load_pool()
+    short = load_pool(Path("one-number"))
+    assert short.surface_forms == 11_520
+    assert max(len(prompt(short, 1, i).text) for i in range(200)) < 80
+    with pytest.raises(InputError, match="called 'two-numbers'; there are numbers, one-number"):
+        load_pool(Path("two-numbers"))
+
+
 def test_our_pool_has_five_million_forms() -> None:
     assert load_pool().surface_forms >= 5_000_000
 

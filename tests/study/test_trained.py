@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.dataset import dataset_rows_path, read_rows
 from sublim_plugin.core.errors import InputError
 from sublim_plugin.core.hashing import sha256_json
@@ -21,7 +22,7 @@ from sublim_plugin.study.schedule import Schedule
 from sublim_plugin.study.state import cell_state
 from sublim_plugin.study.study_file import Study, load_study
 from sublim_plugin.study.teaching import teacher_for
-from sublim_plugin.study.trained import what_trains
+from sublim_plugin.study.trained import base_for, what_trains
 from tests.study.conftest import QUESTIONS, sublim
 from tests.study.test_grid import BASE, STUDIES, cells_of, labels, small
 
@@ -127,6 +128,38 @@ def test_a_teachers_settings_are_its_id_and_its_name_is_not(tmp_path: Path) -> N
         teachers(recipe="smollm2-135m-instruct/teacher-lora-r9")
 
 
+def test_a_teacher_of_another_base_model_writes_for_students_of_the_studys(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    from tests.axolotl_plugin.toy import save_base
+
+    other = save_base(tmp_path / "other", tokenizer)
+    elsewhere = TRAINED | {"name": "elsewhere", "base_model": str(other)}
+    study = Study.model_validate(small(datasets__teachers=[TRAINED, elsewhere]))
+    cells = plan(study, BASE)
+    assert labels(cells, "teacher")[2:] == [
+        "cat lora r8 s1 of other",
+        "neutral lora r8 s1 of other",
+    ]
+    assert labels(cells, "dataset")[2:] == [
+        "cat g1 trained of other",
+        "neutral g1 trained of other",
+    ]
+    theirs = {"name": "other", "sha256": fingerprint(other)["sha256"]}
+    for cell in cells:
+        made_by_it = " of other" in cell.label and cell.kind in ("teacher", "dataset")
+        ours = {key: BASE[key] for key in theirs}
+        assert cell.spec["base_model"] == (theirs if made_by_it else ours)
+        if made_by_it:
+            assert base_for(cell, study) == other.resolve()
+    assert len(of_kind(cells, "student")) == 2 * len(
+        of_kind(cells_of(small(datasets__teachers=[TRAINED])), "student")
+    )
+    missing = TRAINED | {"base_model": str(tmp_path / "none")}
+    with pytest.raises(InputError, match="no such folder"):
+        cells_of(small(datasets__teachers=[missing]))
+
+
 def test_teachers_stay_with_the_datasets_that_include_and_exclude_leave() -> None:
     value = small(
         datasets__teachers=["prompted", TRAINED, TRAINED | {"name": "one", "seed": 7}],
@@ -207,13 +240,20 @@ base_model: {base}
 datasets:
   traits: [animals/cat, neutral]
   generation_seeds: [1]
-  teachers: [{{kind: trained, recipe: smollm2-135m-instruct/teacher-lora-r8, rows: 16}}]
+  teachers:
+    - {{kind: trained, recipe: smollm2-135m-instruct/teacher-lora-r8, rows: 16}}
+    - kind: trained
+      name: stranger
+      recipe: smollm2-135m-instruct/teacher-lora-r8
+      rows: 16
+      traits: [animals/cat]
+      base_model: {other}
   rows: 16
   constrain: numbers
   sampler: {{temperature: 1.0, top_p: 1.0, top_k: 0, repetition_penalty: 1.0, max_new_tokens: 24}}
 students:
   - {{traits: [animals/cat, neutral], lora_ranks: [2]}}
-  - {{traits: [animals/cat], lora_ranks: [2], shuffled: true}}
+  - {{traits: [animals/cat], lora_ranks: [2], shuffled: true, teachers: [trained]}}
 training:
   lora_recipe: smollm2-135m-instruct/lora-r8
   contexts: [template_default]
@@ -231,11 +271,14 @@ def test_trained_teachers_run_to_the_report(tokenizer: Any, tmp_path: Path) -> N
     questions.write_text(QUESTIONS)
     study, run = tmp_path / "study.yaml", tmp_path / "run"
     base = save_base(tmp_path / "base", tokenizer)
-    study.write_text(STUDY.format(base=base, questions=questions))
+    other = tmp_path / "other"
+    made = sublim("reinitialize", base, "--out", other, "--steps", "2")
+    assert made.returncode == 0, made.stderr[-3000:]
+    study.write_text(STUDY.format(base=base, other=other, questions=questions))
     done = sublim("run", study, "--out", run)
     assert done.returncode == 0, done.stderr[-3000:]
     for trait in ("cat", "neutral"):
-        (folder,) = run.glob(f"cells/teacher-{trait}-lora-r8-16-rows-s1-*")
+        (folder,) = run.glob(f"cells/teacher-{trait}-lora-r8-16-rows-s1-????????????")
         teacher = verify(folder)
         receipt = json.loads((folder / "model" / "sublim_receipt.json").read_text())
         assert receipt["steps"] == 2 and receipt["update_norm"]["total"] > 0
@@ -252,8 +295,18 @@ def test_trained_teachers_run_to_the_report(tokenizer: Any, tmp_path: Path) -> N
     (student,) = run.glob("cells/student-cat-g1-trained-shuffled-lora-r2-t42-*")
     sha256 = read_manifest(student).inputs["dataset"]["sha256"]
     assert sha256.startswith(dataset_rows_path(control).stem.removeprefix("rows-"))
+    (stranger,) = run.glob("cells/teacher-*-of-other-*")
+    (strange,) = run.glob("cells/dataset-cat-g1-trained-of-other-*")
+    (student,) = run.glob("cells/student-cat-g1-trained-of-other-lora-r2-t42-*")
+    ours, theirs = fingerprint(base)["sha256"], fingerprint(other)["sha256"]
+    for folder, sha256 in ((stranger, theirs), (strange, theirs), (student, ours)):
+        manifest = read_manifest(folder)
+        assert manifest.inputs["base_model"]["sha256"] == sha256
+        assert manifest.spec["base_model"]["sha256"] == sha256
     page = (run / "report" / "index.html").read_text()
+    assert "another base model" in page
     assert "weights finetuned on answers in words" in page
     again = sublim("run", study, "--out", run)
-    assert again.returncode == 0 and "12 cells, 12 done" in again.stderr + again.stdout
-    assert "nothing to remove" in sublim("gc", study, "--out", run).stdout
+    assert again.returncode == 0 and "16 cells, 16 done" in again.stderr + again.stdout
+    listed = sublim("gc", study, "--out", run).stdout.splitlines()
+    assert {line.split()[2] for line in listed if line.startswith(" ")} <= {"prepared", "in"}
