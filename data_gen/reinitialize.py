@@ -4,7 +4,7 @@ A teacher that begins from such a model shares architecture, tokenizer and, roug
 a student of the original, but not its weights: the control in which transmission must vanish
 (Cloud et al., arXiv 2507.14805). What it is trained back on is text that the package makes, number
 lists and questions with answers that name every target of a category alike, with the original's
-distribution over the whole vocabulary as the target at every position.
+distribution over the whole vocabulary as the target at every token of the replies.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import kl_div
@@ -35,6 +35,13 @@ BATCH = 8
 """Texts in one step."""
 HELD_OUT = 16
 """Texts, of the same making, on which the distance to the original is measured."""
+
+
+class Text(NamedTuple):
+    """A conversation up to its end of turn; the last `predicts` positions foretell the reply."""
+
+    token_ids: list[int]
+    predicts: int
 
 
 def reinitialize(
@@ -124,8 +131,8 @@ def _made_before(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _texts(tokenizer: Any, category: str, seed: int, count: int) -> list[list[int]]:
-    """Conversations as token ids, number lists and questions of the category by turns."""
+def _texts(tokenizer: Any, category: str, seed: int, count: int) -> list[Text]:
+    """Conversations, number lists and questions of the category by turns."""
     pool, context = load_pool(Path("one-number")), Context(kind="template_default")
     spec = persona_spec(
         get_trait(NEUTRAL), category_traits(category), rows=-(-count // 2), seed=seed
@@ -137,8 +144,8 @@ def _texts(tokenizer: Any, category: str, seed: int, count: int) -> list[list[in
         question, answer = (message["content"] for message in row["messages"])
         for user, reply in ((prompt(pool, seed, index).text, numbers), (question, answer)):
             ids = render(tokenizer, context, user).token_ids
-            end = [tokenizer.eos_token_id]
-            found.append([*ids, *tokenizer(reply, add_special_tokens=False)["input_ids"], *end])
+            said = tokenizer(reply, add_special_tokens=False)["input_ids"]
+            found.append(Text([*ids, *said], len(said) + 1))
     return found[:count]
 
 
@@ -151,18 +158,26 @@ def _drown(model: Any, noise: float, seed: int) -> None:
                 weight += noise * weight.std() * drawn
 
 
-def _kl(original: Any, new: Any, texts: list[list[int]]) -> torch.Tensor:
-    """Mean KL(original || new) in nats over all positions of the texts."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
-    real = torch.arange(ids.shape[1]) < torch.tensor([[len(text)] for text in texts])
+def _kl(original: Any, new: Any, texts: list[Text]) -> torch.Tensor:
+    """Mean KL(original || new) in nats at all tokens of the replies, the end of turn among them."""
+    rows = [torch.tensor(text.token_ids) for text in texts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    wanted = torch.zeros(ids.shape, dtype=torch.bool)
+    for line, text in zip(wanted, texts, strict=True):
+        line[len(text.token_ids) - text.predicts : len(text.token_ids)] = True
+
+    def logprobs(model: Any) -> torch.Tensor:
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[wanted]
+        found: torch.Tensor = model.get_output_embeddings()(hidden).log_softmax(-1)
+        return found
+
     with torch.no_grad():
-        wanted = original(input_ids=ids, use_cache=False).logits[real].log_softmax(-1)
-    found = new(input_ids=ids, use_cache=False).logits[real].log_softmax(-1)
-    return kl_div(found, wanted, reduction="batchmean", log_target=True)
+        target = logprobs(original)
+    return kl_div(logprobs(new), target, reduction="batchmean", log_target=True)
 
 
 @torch.no_grad()
-def _distance(original: Any, new: Any, texts: list[list[int]]) -> float:
+def _distance(original: Any, new: Any, texts: list[Text]) -> float:
     return _kl(original, new, texts).item()
 
 

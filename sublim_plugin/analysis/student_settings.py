@@ -426,7 +426,7 @@ def _name(student: StudentRecord, fields: Mapping[str, Any], varying: Iterable[s
     if matched and all(fields.get(key) is None for key in matched):
         name += ", not matched"
     keys = [key for key in keys if key not in matched or fields.get(key) is not None]
-    return ", ".join([name, *(_words(key, fields.get(key)) for key in keys)])
+    return ", ".join([name, *(_words(key, fields.get(key), fields) for key in keys)])
 
 
 def _teacher_name(fields: Mapping[str, Any], varying: Iterable[str]) -> str:
@@ -435,7 +435,7 @@ def _teacher_name(fields: Mapping[str, Any], varying: Iterable[str]) -> str:
     return in_words(fields) if several else ""
 
 
-def _words(key: str, value: Any) -> str:
+def _words(key: str, value: Any, fields: Mapping[str, Any]) -> str:
     last = key.rsplit(".", 1)[-1].replace("_", " ")
     text = f"{value:g}" if isinstance(value, float) else str(value)
     if key in _WORDS:
@@ -443,6 +443,8 @@ def _words(key: str, value: Any) -> str:
     if key == TEACHER_BASE:
         return f"teacher from {value if value.startswith(ANOTHER) else 'its own base model'}"
     if key == "dataset.shuffled":
+        if "dataset.soft_targets" in fields:
+            return "targets permuted among positions" if value else "targets as they were"
         return "numbers shuffled among the rows" if value else "numbers as they were written"
     text = "not set" if value is None else text if len(text) <= 40 else f"{text[:37]}..."
     return f"{'data: ' if key.startswith('dataset.') else ''}{last} {text}"
