@@ -11,8 +11,13 @@ import numpy as np
 from sublim_plugin.analysis.answers import LEVEL, NO_MARGIN, bounds, no_claim, p_text, where
 from sublim_plugin.analysis.collect import RunRecords
 from sublim_plugin.analysis.curves import group_names, groups, prefixes, rank_curves
-from sublim_plugin.analysis.diagonal_contrast import contrast_interval, permutation_test
+from sublim_plugin.analysis.diagonal_contrast import (
+    block_contrasts,
+    contrast_interval,
+    permutation_test,
+)
 from sublim_plugin.analysis.equivalence import HOW, flat_in_rank
+from sublim_plugin.analysis.power import POWER, detectable
 from sublim_plugin.analysis.rank_or_scale import Comparison, rank_or_scale
 from sublim_plugin.analysis.replication import too_few_datasets
 from sublim_plugin.analysis.square_tables import context_tables, specificity_tables
@@ -231,9 +236,22 @@ def specificity(run: RunRecords, rows: Sequence[TransmissionRow]) -> Iterator[di
                 }
             )
             continue
-        raised = shuffled.p < LEVEL and found.low is not None and found.low > 0
-        verdict = "raised diagonal" if raised else "no raised diagonal shown"
-        yield draft | answer | {"verdict": verdict, "sentence": number}
+        if shuffled.p < LEVEL and found.low is not None and found.low > 0:
+            yield draft | answer | {"verdict": "raised diagonal", "sentence": number}
+            continue
+        sd = float(block_contrasts(table.square.values_DIJ).std(ddof=1))
+        smallest = detectable(n, sd).effect if sd > 0 else None
+        if smallest is not None:
+            number += f"; smallest that could have been seen {smallest:.2f} nats (power {POWER})"
+        yield (
+            draft
+            | answer
+            | {
+                "verdict": "no raised diagonal shown",
+                "sentence": number,
+                "smallest_effect": smallest,
+            }
+        )
 
 
 def _dropped(number: int, unit: str) -> str:
