@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sublim_plugin.analysis import page
 from sublim_plugin.analysis.answers import Answer
+from sublim_plugin.analysis.methods import Statement
 from sublim_plugin.analysis.page import Html
 from sublim_plugin.analysis.tables import write_lines
 
@@ -34,11 +35,14 @@ def write_evidence_csv(answers: Sequence[Answer], path: Path, simulated: bool) -
     write_lines(lines, path, list(Answer.model_fields), simulated)
 
 
-def evidence_section(answers: Sequence[Answer], on_page: Collection[str]) -> Html:
+def evidence_section(
+    answers: Sequence[Answer], on_page: Collection[str], channels: Sequence[Statement] = ()
+) -> Html:
     """Every answer under its question, with its row of evidence.csv and the rows it rests on.
 
     Args:
         on_page: rows of results.csv that the page shows, and that can be linked to.
+        channels: statements of the methods on which every answer hangs; they stand above all.
     """
     if not answers:
         return page.paragraph("Nothing to test: no student and its base have both been scored.")
@@ -47,7 +51,8 @@ def evidence_section(answers: Sequence[Answer], on_page: Collection[str]) -> Htm
             "Datasets (generation seeds) are the units; training seeds are averaged first, and "
             "questions count as a second cluster where an interval is over questions too. "
             "Intervals are 95%. With fewer than 3 datasets nothing is claimed."
-        )
+        ),
+        *(page.said(one.text, "methods.csv", [one.id]) for one in channels),
     ]
     known = list(dict.fromkeys([*QUESTIONS, *(answer.topic for answer in answers)]))
     for topic in known:

@@ -23,6 +23,10 @@ from sublim_plugin.core.hashing import sha256_text
 NAMED_KEYS = {key.removeprefix("recipe.") for key in APART}
 """Keys of a recipe that are named by themselves: ranks, seeds, contexts, traits."""
 
+CHANNEL = "Channel"
+SOFT = "Soft targets"
+"""How the note of a dataset's manifest begins that says what a student of it can show."""
+
 SHUFFLED = (
     "The numbers of these replies were then permuted among the rows of each dataset, as a control."
 )
@@ -74,6 +78,7 @@ def statements(
             cites=("nief2026", "cloud2025"),
         ),
         *_models(run),
+        *_channels(run),
         *_datasets(run),
         *_students(run),
         *_scoring(run),
@@ -107,6 +112,24 @@ def _models(run: RunRecords) -> Iterable[Statement]:
     models = dict.fromkeys((spec.name, spec.sha256) for spec in specs)
     for name, sha256 in models:
         yield Statement(topic="Models", text=f"Base model: {name}, sha256 {sha256}.")
+
+
+def _channels(run: RunRecords) -> Iterable[Statement]:
+    """What students were trained on, where that is not the sampled tokens."""
+    claims: dict[str, list[DatasetRecord]] = {}
+    for dataset in run.datasets:
+        for note in dataset.manifest.notes:
+            if note.startswith(SOFT):
+                claims.setdefault(note, []).append(dataset)
+    for claim, own in claims.items():
+        all_of_them = len(own) == len(run.datasets)
+        who = "Students" if all_of_them else f"Students of {len(own)} of the datasets"
+        yield Statement(
+            topic=CHANNEL,
+            text=f"{who} match the teacher's distribution at every token of the replies, "
+            f"by KL(teacher || student), and see no sampled token. {claim}",
+            cells=_ids(own),
+        )
 
 
 def _datasets(run: RunRecords) -> Iterable[Statement]:

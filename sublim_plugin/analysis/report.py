@@ -19,7 +19,13 @@ from sublim_plugin.analysis.localization_section import (
     localization_section,
     localizations,
 )
-from sublim_plugin.analysis.methods import Statement, methods_section, references, statements
+from sublim_plugin.analysis.methods import (
+    CHANNEL,
+    Statement,
+    methods_section,
+    references,
+    statements,
+)
 from sublim_plugin.analysis.page import Html
 from sublim_plugin.analysis.rank_figure import rank_figure
 from sublim_plugin.analysis.record_sections import cells_section, training_section, trouble_section
@@ -196,9 +202,10 @@ def render_report(shown: Contents, study_name: str, study_text: str | None = Non
     """The page as text; every value that came from data is escaped."""
     run, rows, figures = shown.run, shown.rows, shown.figures
     on_page = {row.row for block, _ in shown_rows(rows) for row in block} if rows else set()
+    channels = [one for one in shown.statements if one.topic == CHANNEL]
     specificity = specificity_section(figures["specificity"], shown.specificity_rows)
     sections = [
-        ("evidence", "Answers", evidence_section(shown.answers, on_page)),
+        ("evidence", "Answers", evidence_section(shown.answers, on_page, channels)),
         ("rank", "Transmission against rank", rank_section(figures["transmission"])),
         ("scale", "Rank or scale", scale_section(figures["scale"])),
         ("context", "Train and eval context", context_section(rows, figures["contexts"])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from sublim_plugin.analysis.report import write_report
 from sublim_plugin.analysis.report_folder import BUILDING, own_files
 from sublim_plugin.analysis.transmission import transmission_table
 from sublim_plugin.core.errors import InputError
+from sublim_plugin.logprob.target_file import CLAIMS
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 
@@ -173,6 +175,19 @@ def test_numbers_of_the_page_are_those_of_the_table(quickstart: Path) -> None:
         assert f"{row.target_logprob:.4f}" in text
         if row.vs_base_logprob is not None:
             assert f"{row.vs_base_logprob:+.4f} ± {row.vs_base_logprob_se:.4f}" in text
+
+
+def test_the_channel_of_soft_targets_is_named_above_the_answers(run: SyntheticRun) -> None:
+    run.quickstart()
+    assert "Students match" not in read(write_report(run.root, study_name="s")).text
+    for path in run.root.glob("cells/dataset-*cat*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest["notes"] = [CLAIMS["numbers"]]
+        path.write_text(json.dumps(manifest))
+    answers = read(write_report(run.root, study_name="s")).text.split("Answers")[-1]
+    claim = f"sampled token. {CLAIMS['numbers']}"
+    assert "Students of 1 of the datasets match the teacher's distribution" in answers
+    assert claim in answers
 
 
 def test_free_teacher_is_not_called_constrained(run: SyntheticRun) -> None:
