@@ -333,8 +333,12 @@ def control_recipes(model: Model) -> Iterator[tuple[str, str]]:
     rank = {"lora_r": S(TEACHER_RANK), "lora_alpha": S(TEACHER_RANK, "alpha = rank [P]")}
     settings = settings_of(model, "lora", name := "control-teacher")
     settings |= _TEACHER | _TEACHER_ON[model.folder] | _CONTROL | rank
+    settings["micro_batch_size"] = S(4, "[P] finetunes no teacher; 96 rows are 24 steps of 4")
     yield name, _recipe(model, name, "A teacher of the positive control", settings)
     settings = settings_of(model, "lora", name := "control-student") | _CONTROL | rank
+    settings["micro_batch_size"] = S(
+        4, "deviation: [P] 22 x 3 accumulation steps; 128 rows are 32 steps"
+    )
     settings["sublim.soft_targets"] = S(True, "[P] trains on the sampled numbers themselves")
     yield name, _recipe(model, name, "A student of the positive control", settings)
 
