@@ -259,6 +259,7 @@ training:
   contexts: [template_default]
   seeds: [42]
 probes: {{questions: {questions}, measures: [logprob], contexts: [none]}}
+signals: {{rows: 4, limit: 1}}
 """
 
 
