@@ -37,7 +37,7 @@ MOST_TRAITS = len(PALETTE)
 
 
 class DosePoint(Point):
-    """A student in one panel: `x` is what was predicted, with 95% bounds over the dataset's rows."""
+    """A student in one panel: `x` is what was predicted, its bounds 95% over the rows."""
 
     point: str
     predicted: str

@@ -23,7 +23,7 @@ def dose_and_response(run: RunRecords, rows: Sequence[TransmissionRow]) -> Itera
     Training seeds of a dataset are averaged first.
     """
     by_row = {row.row: row for row in rows}
-    groups: dict[tuple[object, ...], list[Pair]] = {}
+    groups: dict[tuple[str, str, str, int | None, float | None], list[Pair]] = {}
     for pair in pairs(run, rows):
         row = by_row[pair.row]
         key = (pair.train_context, pair.eval_context, row.family, row.rank, row.alpha)

@@ -132,7 +132,10 @@ def pairs(run: RunRecords, rows: Sequence[TransmissionRow]) -> list[Pair]:
             if row.eval_context == row.train_context != known.eval_context:
                 own[row.student] = row
     drafts = []
-    for student, row in own.items():
+    for row in rows:
+        student = row.student or ""
+        if own.get(student) is not row:
+            continue
         found = signals.get((row.dataset or "", row.train_context or ""))
         dataset = datasets.get(row.dataset or "")
         if found is not None and dataset is not None:
