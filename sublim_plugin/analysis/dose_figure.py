@@ -98,6 +98,7 @@ def _panel(
     axes: Axes, points: Sequence[DosePoint], traits: Sequence[str], channels: Sequence[str]
 ) -> None:
     axes.axhline(0, color=INK, linewidth=0.9, zorder=1)
+    axes.locator_params(axis="x", nbins=5)
     if min(point.x for point in points) < 0:
         axes.axvline(0, color=INK, linewidth=0.9, zorder=1)
     for trait in traits:
@@ -136,7 +137,7 @@ def _handles(traits: Sequence[str], channels: Sequence[str]) -> tuple[list[Any],
     if len(traits) > MOST_TRAITS:
         handles.append(Line2D([], [], ls="", marker="o", color=GREY))
         labels.append("other traits")
-    for place, channel in enumerate(channels):
+    for place, channel in enumerate(channels if len(channels) > 1 else ()):
         marker = MARKERS[place % len(MARKERS)]
         handles.append(Line2D([], [], ls="", marker=marker, color=INK, markerfacecolor="none"))
         labels.append(channel)

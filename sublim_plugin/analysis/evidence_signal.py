@@ -73,7 +73,7 @@ def _claim(found: WithinRanks, n: int, n_traits: int) -> dict[str, Any]:
         how = "more" if found.correlation > 0 else "less"
         verdict = f"datasets predicted to transmit more transmit {how}"
     traits = "trait" if n_traits == 1 else "traits"
-    number = "all" if found.exact else "drawn"
+    number = f"all {found.total:,}" if found.exact else f"{found.total:,} drawn"
     least = ""
     if found.least is not None and found.least >= LEVEL:
         least = f", and no order of so few datasets gives less than {p_text(found.least)[4:]}"
@@ -81,10 +81,10 @@ def _claim(found: WithinRanks, n: int, n_traits: int) -> dict[str, Any]:
         "verdict": verdict,
         "sentence": f"{verdict}: Spearman's rank correlation of the predicted change of log share "
         f"with transmission {found.correlation:+.2f}, ranks taken within each trait and pooled, "
-        f"{p_text(found.p)} ({found.total:,} permutations within traits, {number}{least}), "
+        f"{p_text(found.p)} ({number} permutations within traits{least}), "
         f"{n} datasets, {n_traits} {traits}",
         "estimate": found.correlation,
         "unit": "Spearman's rank correlation within traits",
-        "test": f"permutation within traits, datasets as units, {number} of {found.total}",
+        "test": f"permutation within traits, datasets as units, {number}",
         "p": found.p,
     }
