@@ -54,7 +54,10 @@ def results(change: float, kl: float = 0.03) -> dict[str, Any]:
 
 
 def signal(run: SyntheticRun, dataset: str, values: Any, context: str = "template_default") -> Path:
-    spec = {"dataset": dataset, "trait": "animals/cat", "train_context": {"kind": context}}
+    spec = {
+        "dataset": dataset, "trait": "animals/cat", "train_context": {"kind": context},
+        "rows": 16, "limit": 3,
+    }  # fmt: skip
     cell_id = sha256_json(spec)
     folder = run.root / "cells" / f"signal-{dataset}-{cell_id[:12]}"
     folder.mkdir(parents=True)
@@ -113,6 +116,7 @@ def test_each_student_stands_beside_the_signal_of_its_dataset(tmp_path: Path) ->
     assert [p["predicted"] for p in points] == ["kl"] * 5 + ["change"] * 5
     drawn = re.findall(r'<g id="([^"]*P\d[^"]*)"', (path.parent / "dose.svg").read_text())
     assert {name for group in drawn for name in group.split()} >= {p["point"] for p in points}
+    assert "5 signals were measured on the base without training, each from the first 16" in page
     own = {path.name for path in own_files(path.parent)}
     assert own >= {"signal.csv", *(f"dose.{kind}" for kind in ("png", "svg", "pdf", "csv"))}
 
