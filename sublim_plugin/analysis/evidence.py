@@ -15,6 +15,7 @@ from sublim_plugin.analysis.effects import Effect
 from sublim_plugin.analysis.evidence_agreement import agreements
 from sublim_plugin.analysis.evidence_contrasts import contexts, flatness, scale, specificity
 from sublim_plugin.analysis.evidence_shapes import full_finetuning, shapes
+from sublim_plugin.analysis.evidence_signal import dose_and_response
 from sublim_plugin.analysis.evidence_transmission import cross_checks, planned, transmission
 from sublim_plugin.analysis.transmission import QuestionDifferences, TransmissionRow
 
@@ -43,5 +44,6 @@ def evidence(
         *flatness(rows, margin),
         *specificity(run, rows),
         *agreements(run, rows),
+        *dose_and_response(run, rows),
     ]
     return tuple(Answer(id=f"E{i}", **draft) for i, draft in enumerate(drafts, start=1))

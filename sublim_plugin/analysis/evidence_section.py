@@ -24,6 +24,7 @@ QUESTIONS = {
     "flat in rank": "Is it flat in rank in another context?",
     "specificity": "Is it the trait's own?",
     "agreement": "Do log-probs and sampled replies agree?",
+    "dose and response": "Does predicted signal foretell transmission?",
     "cross-check": "Does a mixed model see the same?",
     "power": "What could be seen?",
 }

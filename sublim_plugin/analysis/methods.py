@@ -16,6 +16,7 @@ from sublim_plugin.analysis.collect import DatasetRecord, ProbeRecord, RunRecord
 from sublim_plugin.analysis.page import Html
 from sublim_plugin.analysis.record_tables import merged
 from sublim_plugin.analysis.replication import MIN_DATASETS
+from sublim_plugin.analysis.signals import KIND as SIGNAL
 from sublim_plugin.analysis.student_settings import APART, settings_of
 from sublim_plugin.analysis.teacher_words import carries
 from sublim_plugin.core.hashing import sha256_text
@@ -83,6 +84,7 @@ def statements(
         *_students(run),
         *_scoring(run),
         *_statistics(margin),
+        *_signals(run),
         *_versions(run, study_text),
     ]
     return tuple(s.model_copy(update={"id": f"M{i}"}) for i, s in enumerate(found, start=1))
@@ -278,6 +280,22 @@ def _statistics(margin: float | None) -> Iterable[Statement]:
         "Rank, update norm and learning rate × scaling are compared by how well each foretells "
         "datasets left out."
     )
+
+
+def _signals(run: RunRecords) -> Iterable[Statement]:
+    own = [manifest for manifest in run.manifests.values() if manifest.kind == SIGNAL]
+    if own:
+        yield Statement(
+            topic="Statistics",
+            text=f"{len(own)} signals were measured on the base without training, each from the "
+            f"first {_listed(m.spec['rows'] for m in own)} rows of a dataset and the first "
+            f"{_listed(m.spec['limit'] for m in own)} questions. Whether they order transmission "
+            "is Spearman's rank correlation of the predicted change of the target's log share with "
+            "transmission: datasets are the units, ranks are taken within each trait, centred and "
+            "pooled, and p is two-sided by permuting datasets within traits (random seed 0 where "
+            "not all permutations are taken).",
+            cells=tuple(manifest.id[:12] for manifest in own),
+        )
 
 
 def _versions(run: RunRecords, study_text: str | None) -> Iterable[Statement]:

@@ -11,6 +11,7 @@ from sublim_plugin.analysis import page
 from sublim_plugin.analysis.answers import Answer
 from sublim_plugin.analysis.collect import CellRef, RunRecords, collect
 from sublim_plugin.analysis.context_figure import context_figure
+from sublim_plugin.analysis.dose_figure import dose_figure
 from sublim_plugin.analysis.evidence_section import evidence_section, write_evidence_csv
 from sublim_plugin.analysis.figure_files import FigureFiles
 from sublim_plugin.analysis.localization_section import (
@@ -50,6 +51,8 @@ from sublim_plugin.analysis.results_sections import (
 )
 from sublim_plugin.analysis.sample_sections import answers_section, numbers_section, prompts_section
 from sublim_plugin.analysis.scale_figure import scale_figure
+from sublim_plugin.analysis.signal_section import FILE, signal_section
+from sublim_plugin.analysis.signals import Pair, has_signals, pairs
 from sublim_plugin.analysis.specificity_figure import specificity_figure
 from sublim_plugin.analysis.tables import (
     effect_lines,
@@ -93,6 +96,7 @@ class Contents:
     figures: dict[str, FigureFiles | None]
     specificity_rows: dict[tuple[str, str, str], tuple[str, ...]]
     localizations: Sequence[LocalizationFiles]
+    signals: Sequence[Pair] | None
 
 
 def write_report(
@@ -174,6 +178,10 @@ def _write_files(
     if local:
         parts = [line for one in local for line in one.lines]
         write_lines(parts, folder / "localization.csv", COLUMNS, simulated)
+    foretold = pairs(run, rows) if has_signals(run) else None
+    if foretold is not None:
+        lines = [pair.model_dump() for pair in foretold]
+        write_lines(lines, folder / FILE, list(Pair.model_fields), simulated)
     specificity = specificity_figure(run, rows, folder)
     return Contents(
         run=run,
@@ -192,9 +200,11 @@ def _write_files(
             "specificity": specificity[0] if specificity else None,
             "losses": loss_figure(run, folder),
             "norms": norm_figure(run, folder),
+            "dose": dose_figure(foretold or (), folder, simulated),
         },
         specificity_rows=specificity[1] if specificity else {},
         localizations=local,
+        signals=foretold,
     )
 
 
@@ -214,6 +224,9 @@ def render_report(shown: Contents, study_name: str, study_text: str | None = Non
     if shown.localizations:
         local = localization_section(shown.localizations)
         sections.append(("localization", "Where it sits", local))
+    if shown.signals is not None:
+        predicted = signal_section(shown.signals, figures["dose"])
+        sections.append(("signal", "Predicted and observed", predicted))
     training = training_section(run, shown.students, figures["losses"], figures["norms"])
     sections += [
         ("training", "Training and size of the updates", training),

@@ -24,7 +24,7 @@ ABANDONED_S = 3600.0
 
 COMPARISON = "differences.csv"
 """The file by which a comparison's folder is known."""
-FIGURES = ("transmission", "contexts", "specificity", "scale", "losses", "norms")
+FIGURES = ("transmission", "contexts", "specificity", "scale", "losses", "norms", "dose")
 FILES = {
     "index.html",
     "references.bib",
@@ -42,6 +42,7 @@ FILES = {
             "datasets",
             "sampled",
             "localization",
+            "signal",
             "answers",
             "differences",
             "settings",

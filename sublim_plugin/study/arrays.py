@@ -24,9 +24,9 @@ from sublim_plugin.study.cells import Cell
 
 FOLDER = "slurm"
 T = TypeVar("T")
-Work = Literal["teacher", "dataset", "student", "student-full", "probe", "localization"]
+Work = Literal["teacher", "dataset", "student", "student-full", "probe", "localization", "signal"]
 WORKS: tuple[Work, ...] = (
-    "teacher", "dataset", "student", "student-full", "probe", "localization",
+    "teacher", "dataset", "student", "student-full", "probe", "localization", "signal",
 )  # fmt: skip
 """What a machine is asked for by: the kinds of cells, with full finetuning apart."""
 CHUNKS: Mapping[Work, int] = {
@@ -36,8 +36,10 @@ CHUNKS: Mapping[Work, int] = {
     "student-full": 1,
     "probe": 8,
     "localization": 1,
+    "signal": 4,
 }
-"""Cells in a task. A probe is short beside the loading of its base model; the others are not."""
+"""Cells in a task. A probe is short beside the loading of its base model, a signal takes
+minutes; the others are longer."""
 
 
 @dataclass(frozen=True)

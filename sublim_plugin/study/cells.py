@@ -12,7 +12,7 @@ from sublim_plugin.study.methods import overrides_of
 from sublim_plugin.study.selecting import selected
 from sublim_plugin.study.study_file import Study
 
-CellKind = Literal["teacher", "dataset", "student", "probe", "localization"]
+CellKind = Literal["teacher", "dataset", "student", "probe", "localization", "signal"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Cell:
 
 def plan(study: Study, base: dict[str, Any]) -> list[Cell]:
     """All cells, each after those that it needs, none twice: teachers, datasets and students, those
-    of a chain's later generations behind them, then probes (the base's first), then localizations.
+    of a chain's later generations behind them, then probes (the base's first), then localizations,
+    then signals.
 
     Args:
         base: the base model's fingerprint. Ids need its `name` and `sha256`; with a placeholder
@@ -57,14 +58,14 @@ def plan(study: Study, base: dict[str, Any]) -> list[Cell]:
             shadowed, or parts of the study that do not fit together.
     """
     from sublim_plugin.study.grid import Grid
-    from sublim_plugin.study.scoring import localizations, probes
+    from sublim_plugin.study.scoring import localizations, probes, signals
 
     for name in ("data_gen", "lm_eval_tasks", "axolotl_configs"):
         room(name)
     grid = Grid(study, base)
     made = [*grid.datasets_and_students()]
     students = [cell for cell in made if cell.kind == "student"]
-    every = (*made, *probes(grid, students), *localizations(grid, students))
+    every = (*made, *probes(grid, students), *localizations(grid, students), *signals(grid, made))
     cells = list({cell.id: cell for cell in every}.values())
     return selected(cells, study.include or (), study.exclude, grid.teachers)
 

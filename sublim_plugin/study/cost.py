@@ -8,6 +8,7 @@ there is none. Ranges are the quartiles of what was measured, or the ends of wha
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -96,8 +97,8 @@ class _Size:
         self.questions = len(load_questions(study.probes.questions).questions)
 
     def work(self, cell: Cell) -> float:
-        """What the time grows with: rows of a dataset, rows times epochs of a training, prompts of
-        a probe, else 1."""
+        """What the time grows with: rows of a dataset or signal, rows times epochs of a training,
+        prompts of a probe, else 1."""
         recipe = cell.spec.get("recipe", {})
         epochs = float(recipe.get("num_epochs") or 1)
         if cell.kind == "teacher":
@@ -105,6 +106,9 @@ class _Size:
         if cell.kind == "student":
             dataset = self.cells.get(cell.spec.get("dataset", ""))
             return (1.0 if dataset is None else self.written(dataset)) * epochs
+        if cell.kind == "signal":
+            dataset = self.cells.get(cell.spec["dataset"])
+            return float(min(cell.spec["rows"], dataset.spec["rows"] if dataset else math.inf))
         return self.written(cell)
 
     def written(self, cell: Cell) -> float:

@@ -136,8 +136,11 @@ def _memory(cell: Cell, weights: int) -> int:
     """Bytes of main memory that a worker asks Ray for: what its process is expected to hold.
 
     The hosts' code and buffers, the weights once, or, for full finetuning, four times: weights,
-    gradients and Adam's two moments (arXiv 1910.02054, section 3.1).
+    gradients and Adam's two moments (arXiv 1910.02054, section 3.1). A signal holds ten times the
+    model in float32 (docs/signal.md), twenty times its files of two bytes a weight.
     """
+    if cell.kind == "signal":
+        return 2 * _GIB + 20 * weights
     full = cell.kind in ("student", "teacher") and cell.spec["method"]["kind"] == "full"
     return 2 * _GIB + weights * (4 if full else 1)
 

@@ -1,4 +1,4 @@
-"""The probes and localizations of a plan: what every student, and the base, is asked."""
+"""The probes, localizations and signals of a plan: what is measured of students and datasets."""
 
 from __future__ import annotations
 
@@ -87,3 +87,39 @@ def localizations(grid: Grid, students: Iterable[Cell]) -> Iterator[Cell]:
             }
             label = f"{student.label} {context.slug}"
             yield grid.cell("localization", label, spec, (student.id,))
+
+
+def signals(grid: Grid, made: Iterable[Cell]) -> Iterator[Cell]:
+    """Of the datasets among `made`; one that another base model's teacher wrote has no teacher that
+    could be set beside the study's base, and a shuffled one has none at all."""
+    from sublim_plugin.logprob.questions import load_questions
+
+    asked = grid.study.signals
+    if asked is None:
+        return
+    traits = asked.traits or tuple(trait.name for trait in grid.study.targets)
+    shared: dict[str, Any] = {
+        "base_model": grid.base,
+        "questions_sha256": load_questions(grid.study.probes.questions).sha256,
+        "rows": asked.rows,
+        "limit": asked.limit,
+    }
+    for dataset in made:
+        of = dataset.spec
+        if (
+            dataset.kind != "dataset"
+            or of["trait"] not in traits
+            or of.get("shuffled")
+            or of["base_model"]["sha256"] != grid.base["sha256"]
+        ):
+            continue
+        for context in grid.study.training.contexts:
+            spec = {
+                **shared,
+                "dataset": dataset.id,
+                "trait": of["trait"],
+                "generation_seed": of["generation_seed"],
+                "train_context": grid.fields(context),
+            }
+            read_in = "" if context.slug == "template_default" else f" in {context.slug}"
+            yield grid.cell("signal", f"{dataset.label}{read_in}", spec, (dataset.id,))

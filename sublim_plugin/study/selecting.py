@@ -56,7 +56,7 @@ class Selector(Strict):
         default=(), description="Learning rate, the recipe's among them."
     )
     train_context: Annotated[tuple[Context, ...], _LIST] = Field(
-        default=(), description="Context of the student's training prompts."
+        default=(), description="Context of the student's training prompts, and of a signal's rows."
     )
     training_seed: Annotated[tuple[Seed, ...], _LIST] = Field(
         default=(), description="Of the student."
@@ -168,6 +168,10 @@ def _axes(cells: Sequence[Cell], teachers: dict[str, tuple[str, ...]]) -> dict[s
                 "train_context": (_context(spec["train_context"], contexts),),
                 "training_seed": (spec["training_seed"],),
             }
+            continue
+        if cell.kind == "signal":
+            read_in = _context(spec["train_context"], contexts)
+            found[cell.id] = found[spec["dataset"]] | {"train_context": (read_in,)}
             continue
         own = {} if spec["student"] is None else dict(found[spec["student"]])
         own["eval_context"] = (_context(spec["eval_context"], contexts),)

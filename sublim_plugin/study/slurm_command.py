@@ -19,14 +19,16 @@ _OPTIONS = (
         multiple=True,
         metavar="[WORK=]FILE",
         help="Slurm: batch script for all work, or for teacher, dataset, student, student-full,"
-        " probe, localization or report; may be repeated.  [default: `sublim template slurm`]",
+        " probe, localization, signal or report; may be repeated.  [default: `sublim template"
+        " slurm`]",
     ),
     click.option(
         "--chunk",
         "chunks",
         multiple=True,
         metavar="[WORK=]N",
-        help="Slurm: cells in one task; may be repeated.  [default: 8 probes, 1 of all else]",
+        help="Slurm: cells in one task; may be repeated.  [default: 8 probes, 4 signals, 1 of all"
+        " else]",
     ),
     click.option(
         "--throttle",

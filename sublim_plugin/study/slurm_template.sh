@@ -29,6 +29,7 @@ set -euo pipefail
 
 # `exec`: the signal above goes to this shell and must reach sublim. Placeholders stand in double
 # braces: "command" is the Python that submitted, running sublim with the task's "arguments";
-# "work" is teacher, dataset, student, student-full, probe, localization or report. In a container:
+# "work" is teacher, dataset, student, student-full, probe, localization, signal or report. In a
+# container:
 #   exec apptainer exec --nv sublim.sif sublim ARGUMENTS    (the placeholder in place of the word)
 exec {{command}}

@@ -165,6 +165,24 @@ class Localizations(Strict):
         return self
 
 
+class Signals(Strict):
+    """Of which datasets the signal is measured (see `sublim signal`), in each train context.
+
+    Those of the traits whose teacher began from the study's base model, without the shuffled ones;
+    questions are those of the probes.
+    """
+
+    traits: tuple[str, ...] = Field(
+        default=(), description="Traits of the datasets. Left out: all that have a target."
+    )
+    rows: Annotated[int, Field(ge=1)] = Field(
+        default=64, description="Only the first rows of each dataset."
+    )
+    limit: Annotated[int, Field(ge=1)] = Field(
+        default=8, description="Only the first questions of the set."
+    )
+
+
 class Study(Strict):
     """A study file. `name` is a label: it names the run folder and enters no cell's id."""
 
@@ -184,6 +202,11 @@ class Study(Strict):
     probes: Probes = Field(description="What every student, and its base, is asked.")
     localizations: Localizations | None = Field(
         default=None, description="Students whose trait is localized. Left out: none."
+    )
+    signals: Signals | None = Field(
+        default=None,
+        description="Datasets whose signal is measured without training, to be set against what "
+        "their students took up. Left out: none.",
     )
     include: Annotated[tuple[Selector, ...], Field(min_length=1)] | None = Field(
         default=None,
@@ -216,6 +239,7 @@ class Study(Strict):
             self._check_group(group)
         if self.localizations is not None:
             self._check_localized(self.localizations)
+        self._targets_of("signals", self.signals)
         if len(categories) != 1:
             raise ValueError(
                 "datasets.traits need targets of exactly one category beside neutral, found"
@@ -257,12 +281,7 @@ class Study(Strict):
 
     def _check_localized(self, asked: Localizations) -> None:
         """Every student that is to be localized is one that the study trains."""
-        traits = asked.traits or tuple(t for t in self.datasets.traits if t != NEUTRAL)
-        for trait in traits:
-            if trait == NEUTRAL or trait not in self.datasets.traits:
-                raise ValueError(
-                    f"localizations.traits: '{trait}' is no trait with a target in datasets.traits"
-                )
+        traits = self._targets_of("localizations", asked)
         trained = {rank for g in self.students for rank in g.lora_ranks if {*traits} & {*g.traits}}
         if missing := sorted({*asked.lora_ranks} - trained):
             raise ValueError(
@@ -273,6 +292,16 @@ class Study(Strict):
             g.full is not None and {*traits} & {*g.traits} for g in self.students
         ):
             raise ValueError("localizations.full: no student of these traits is fully finetuned")
+
+    def _targets_of(self, key: str, asked: Localizations | Signals | None) -> tuple[str, ...]:
+        """The traits that an entry names, or all; each of the datasets and with a target."""
+        named = asked.traits if asked is not None else ()
+        for trait in named:
+            if trait == NEUTRAL or trait not in self.datasets.traits:
+                raise ValueError(
+                    f"{key}.traits: '{trait}' is no trait with a target in datasets.traits"
+                )
+        return named or tuple(t for t in self.datasets.traits if t != NEUTRAL)
 
     @property
     def targets(self) -> tuple[Trait, ...]:

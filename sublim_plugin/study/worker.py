@@ -31,6 +31,7 @@ from sublim_plugin.core.errors import BusyError, InputError, RunError, SublimErr
 from sublim_plugin.core.manifest import is_done
 from sublim_plugin.study.cells import Cell, plan
 from sublim_plugin.study.gpus import gpus
+from sublim_plugin.study.signal_stage import measure_dataset
 from sublim_plugin.study.stages import (
     MODEL,
     localize_student,
@@ -117,6 +118,10 @@ class Workshop:
             )
         elif cell.kind == "probe":
             self._score(cell, folder, tell)
+        elif cell.kind == "signal":
+            measure_dataset(
+                cell, folder, base=self.base, study=self.study, dataset=needs["dataset"]
+            )
         else:
             student = needs["student"].folder(self.run_dir)
             localize_student(

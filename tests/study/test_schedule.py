@@ -14,7 +14,7 @@ from sublim_plugin.study.cells import Cell
 from sublim_plugin.study.schedule import Look, Schedule
 from sublim_plugin.study.view import View
 
-KINDS = ("dataset", "student", "probe", "localization")
+KINDS = ("dataset", "student", "probe", "localization", "signal")
 
 
 @st.composite

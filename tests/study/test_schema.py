@@ -132,7 +132,7 @@ def test_the_examples_of_the_documentation_are_a_study() -> None:
     assert list(validator().iter_errors(value)) == []
     Study.model_validate(value)
     assert {*value} == {*Study.model_fields}
-    for part in ("datasets", "training", "probes", "localizations"):
+    for part in ("datasets", "training", "probes", "localizations", "signals"):
         model = Study.model_fields[part].annotation
         names = getattr(model, "model_fields", None) or model.__args__[0].model_fields
         assert {*value[part]} == {*names}

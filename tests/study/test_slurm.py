@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "studies" / "quickstart.yaml"
 BASE = {"name": "base", "sha256": "0" * 64, "template_sha256": "1" * 64}
 VALUES = {"command": "COMMAND", "arguments": "ARGUMENTS", "work": "probe"}
-KINDS = ("dataset", "student", "probe", "localization")
+KINDS = ("dataset", "student", "probe", "localization", "signal")
 
 
 def test_the_quickstart_makes_an_array_for_each_depth_and_kind_of_work() -> None:
@@ -121,6 +121,7 @@ def test_a_template_keeps_the_shells_own_words_and_refuses_unknown_ones() -> Non
 def test_chunks_are_for_all_work_or_for_one_kind() -> None:
     assert chunks_of(["4", "probe=32"]) == {
         "dataset": 4, "teacher": 4, "student": 4, "student-full": 4, "probe": 32, "localization": 4,
+        "signal": 4,
     }  # fmt: skip
     for bad in ("0", "probe=many"):
         with pytest.raises(InputError, match="expected a number of cells"):

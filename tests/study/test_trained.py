@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,7 @@ training:
   contexts: [template_default]
   seeds: [42]
 probes: {{questions: {questions}, measures: [logprob], contexts: [none]}}
+signals: {{rows: 4, limit: 1}}
 """
 
 
@@ -303,10 +305,26 @@ def test_trained_teachers_run_to_the_report(tokenizer: Any, tmp_path: Path) -> N
         manifest = read_manifest(folder)
         assert manifest.inputs["base_model"]["sha256"] == sha256
         assert manifest.spec["base_model"]["sha256"] == sha256
+    # the one dataset with a target, rows in order and a teacher of the study's base
+    (signal,) = run.glob("cells/signal-*")
+    assert signal.name.startswith("signal-cat-g1-trained-")
+    manifest = verify(signal)
+    (trained,) = run.glob("cells/dataset-cat-g1-trained-????????????")
+    assert manifest.inputs["dataset"]["id"] == trained.name[-12:]
+    assert (manifest.counts["rows"], manifest.counts["questions"]) == (4, 1)
+    (line,) = csv.DictReader((run / "report" / "signal.csv").open(newline=""))
+    measured = json.loads((signal / "signal.json").read_text())
+    (rows,) = [one for one in measured["alignments"] if one["loss"] == "rows"]
+    assert float(line["change"]) == rows["target"]["value"]
+    kl = measured["where"]["overall"]["measures"]["number_kl"]["mean"]["value"]
+    assert float(line["kl"]) == kl
+    assert line["teacher"].startswith("trained, LoRA r=8") and line["student"]
     page = (run / "report" / "index.html").read_text()
+    assert "Predicted and observed" in page
+    assert "Does predicted signal foretell transmission?" in page
     assert "another base model" in page
     assert "weights finetuned on answers in words" in page
     again = sublim("run", study, "--out", run)
-    assert again.returncode == 0 and "16 cells, 16 done" in again.stderr + again.stdout
+    assert again.returncode == 0 and "17 cells, 17 done" in again.stderr + again.stdout
     listed = sublim("gc", study, "--out", run).stdout.splitlines()
     assert {line.split()[2] for line in listed if line.startswith(" ")} <= {"prepared", "in"}
