@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -47,6 +48,8 @@ OVERRIDES = (
 _OF_THE_RUN = ("base_model", "datasets", "dataset_prepared_path", "output_dir", "seed")
 
 _LAST_LINES = 25
+_FULL = 65_536
+"""Bytes free, below which a failed training is put down to a full disk."""
 # The trainer's bar has no text before its percentage; those of data preparation do.
 _TRAINER_BAR = re.compile(r"^\s*\d+%\|[^|]*\|\s*(\d+)/(\d+) \[")
 _ANY_BAR = re.compile(r"\d+%\|[^|]*\|")
@@ -219,6 +222,8 @@ def run_training(
             if shared_rows is not None:
                 give(prepared, shared_rows)
             return receipt
+        # before what axolotl left is cleared away; its log may have had no room for the reason
+        full = shutil.disk_usage(partial.parent).free < _FULL
     finally:
         _clear(partial, prepared, keep_checkpoints=resumable)
     if taken and shared_rows is not None:
@@ -229,6 +234,8 @@ def run_training(
         at = lines.index(refused[-1])
         raise InputError("\n".join(lines[at:]).removeprefix(_PLUGIN_ERROR))
     reason = f"exited with {code}" if code else "ended without a receipt (plugin not imported?)"
+    if full or any(os.strerror(errno.ENOSPC) in line for line in lines):
+        reason += f" as the disk is full; free some space under {partial.parent}"
     last = "\n".join(lines[-_LAST_LINES:])
     raise RunError(f"axolotl train {yaml_path} {reason}; {log_path} ends with:\n{last}")
 

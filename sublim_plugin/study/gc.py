@@ -20,10 +20,11 @@ from pydantic import BaseModel, ConfigDict
 
 from sublim_plugin.core.atomic import TEMPORARY_PREFIX
 from sublim_plugin.core.errors import BusyError, InputError, RunError
-from sublim_plugin.core.lock import cell_lock, held
+from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.core.manifest import MANIFEST_NAME, find_manifest
 from sublim_plugin.study.cells import Cell
 from sublim_plugin.study.stages import PREPARED
+from sublim_plugin.study.state import worked_on
 
 What = Literal[
     "checkpoint", "optimizer", "merged copy", "prepared", "unfinished", "temporary", "orphan"
@@ -77,7 +78,7 @@ def find(cells: Sequence[Cell], run_dir: Path, *, ids_known: bool) -> list[Item]
     for entry in _entries(run_dir / PREPARED):
         found.append(_item("prepared", Path(entry.path), run_dir))
     for entry in _entries(inside):
-        if entry.is_symlink() or not entry.is_dir() or held(Path(entry.path)):
+        if entry.is_symlink() or not entry.is_dir() or worked_on(Path(entry.path)):
             continue
         folder = Path(entry.path)
         if entry.name in planned or not ids_known:

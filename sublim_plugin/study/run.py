@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from sublim_plugin.core.base_models import fingerprint, is_prepared, resolve
 from sublim_plugin.core.errors import BusyError, InputError
 from sublim_plugin.core.hashing import sha256_json
-from sublim_plugin.core.lock import cell_lock_in_turn, held
+from sublim_plugin.core.lock import cell_lock_in_turn
 from sublim_plugin.core.manifest import MANIFEST_NAME, is_done, read_manifest, write_manifest
 from sublim_plugin.core.many_objects import many_objects
 from sublim_plugin.core.versions import installed
@@ -34,6 +34,7 @@ from sublim_plugin.study.state import (
     cell_state,
     read_manifests_ahead,
     states_without_base,
+    worked_on,
 )
 from sublim_plugin.study.study_file import Study, load_study
 from sublim_plugin.study.trained import base_models
@@ -195,7 +196,7 @@ class _Run:
         folder = cell.folder(self.run_dir)
         if is_done(folder):
             return "done"
-        if held(folder):
+        if worked_on(folder):
             self.view.waiting(cell)
             return "busy"
         return "open"

@@ -59,10 +59,15 @@ def cell_state(cell: Cell, run_dir: Path) -> CellState:
                 f" it was changed or moved. Delete {folder} and run again"
             )
         return CellState(cell, folder, "done", manifest=manifest)
-    if held(folder):
+    if worked_on(folder):
         return CellState(cell, folder, "running")
     error = read_error(folder)
     return CellState(cell, folder, "failed" if error else "missing", error)
+
+
+def worked_on(folder: Path) -> bool:
+    """Whether a process works on a cell; a dataset is locked where its replies are gathered."""
+    return held(folder) or held(folder / "work")
 
 
 def read_manifests_ahead(run_dir: Path) -> None:

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from sublim_plugin.cli import main
 from sublim_plugin.core import read_ahead as ahead
+from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.study import reasons as reasons_module
 from sublim_plugin.study.reasons import Reasons
 from sublim_plugin.study.state import cell_state
@@ -26,6 +27,14 @@ def status(study: Path, run_dir: Path, *options: str) -> str:
     done = CliRunner().invoke(main, ["status", str(study), "--out", str(run_dir), *options])
     assert done.exit_code == 0, done.output
     return done.output
+
+
+def test_a_dataset_whose_replies_are_being_gathered_is_running(tmp_path: Path) -> None:
+    study, run_dir = write_study(tmp_path), tmp_path / "run"
+    dataset = next(cell for cell in cells_of(study) if cell.kind == "dataset")
+    with cell_lock(dataset.folder(run_dir) / "work"):
+        assert cell_state(dataset, run_dir).state == "running"
+    assert cell_state(dataset, run_dir).state == "missing"
 
 
 def test_a_large_study_is_counted_by_kind_and_axis(tmp_path: Path) -> None:
