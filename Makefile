@@ -14,6 +14,7 @@ export AXOLOTL_DO_NOT_TRACK = 1
 
 demo: $(VENV)/.installed
 	$(BIN)/sublim run studies/quickstart.yaml
+	$(BIN)/sublim run studies/positive-control-demo.yaml
 
 # Two processes of one thread each: more threads would slow each other.
 test: $(VENV)/.installed-dev

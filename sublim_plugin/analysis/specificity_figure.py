@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from sublim_plugin.analysis.collect import RunRecords
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 MOST_PANELS = 6
 Behind = dict[tuple[str, str, str], tuple[str, ...]]
 """Rows of results.csv by students, train and eval context."""
+TITLE_WIDTH = 38
+"""Characters of a line above a matrix."""
 NUMBERED = 12
 """Traits up to which a field shows its number."""
 
@@ -92,8 +95,16 @@ def draw_specificity(points: Sequence[SpecificityPoint]) -> Figure:
     columns = min(2, len(panels))
     most = max(len({p.trained_on for p in points if _panel(p) == panel}) for panel in panels)
     bands = -(-len(panels) // columns)
+    titles = [
+        [
+            *(wrap(students, TITLE_WIDTH) if several else ()),
+            f"trained in {train},",
+            f"asked in {asked}",
+        ]
+        for students, train, asked in panels
+    ]
     with style(**{"axes.grid": False}):
-        side = 1.05 + min(0.42 * most, 2.9)
+        side = 1.05 + min(0.42 * most, 2.9) + 0.15 * (max(map(len, titles)) - 2)
         figure = new_figure(WIDTH if columns > 1 else 4.2, bands * side + 0.5)
         grid = figure.subplots(bands, columns, squeeze=False)
         colours = scale([point.vs_base_logprob for point in points])
@@ -114,9 +125,7 @@ def draw_specificity(points: Sequence[SpecificityPoint]) -> Figure:
             short = [label.split("/")[-1] for label in labels]
             heat_map(axes, values, colours, short, short, texts, 7.0 if len(labels) < 8 else 5.0)
             axes.tick_params(axis="x", labelrotation=90 if len(labels) > 6 else 0)
-            students, train, asked = panels[number]
-            title = f"{students}, trained in {train}," if several else f"trained in {train},"
-            axes.set_title(f"{title}\nasked in {asked}", loc="left", pad=5)
+            axes.set_title("\n".join(titles[number]), loc="left", pad=5)
             if number % columns == 0:
                 axes.set_ylabel("student of the numbers of")
             axes.set_xlabel("asked about")

@@ -128,7 +128,9 @@ _CONTROL = {
     "peft_layers_to_transform": S(
         [10, 11, 12, 13, 14], "deviation: [P] every layer; five of thirty, those of the teacher"
     ),
-    "learning_rate": S(0.002, "deviation: [P] 0.0002; chosen on two students, of a cat and an owl"),
+    "learning_rate": S(
+        0.002, "deviation: [P] 0.0002; chosen on exploratory students of a cat and an owl"
+    ),
 }
 """What the recipes of the positive control change, the teacher's and the student's."""
 
