@@ -454,7 +454,8 @@ def _details(student: StudentRecord, datasets: dict[str, DatasetRecord]) -> str:
         trained = teacher.get("student") or teacher.get("teacher", "")
         found.append(f"{teacher['kind']} teacher {trained}".strip())
     if dataset is not None and dataset.spec.shuffled:
-        found.append("shuffled numbers")
+        soft = dataset.manifest.spec.get("soft_targets")
+        found.append("permuted targets" if soft else "shuffled numbers")
     return ", ".join(found)
 
 

@@ -11,9 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy.stats import rankdata
 
 from sublim_plugin.analysis.arrays import Floats
-
-EXACT_UP_TO = 20_000
-"""Permutations that are enumerated; above, as many are drawn."""
+from sublim_plugin.analysis.diagonal_contrast import EXACT_UP_TO
 
 
 class WithinRanks(BaseModel):

@@ -31,6 +31,10 @@ SOFT = "Soft targets"
 SHUFFLED = (
     "The numbers of these replies were then permuted among the rows of each dataset, as a control."
 )
+PERMUTED = (
+    "The teacher's distributions were then permuted among positions of one kind in each dataset, "
+    "as a control."
+)
 CONSTRAINED = (
     "These numbers were decoded under the number constraint: while the teacher wrote, only digits, "
     "separators and the end of turn could be sampled. The teacher left alone may not answer in "
@@ -147,13 +151,14 @@ def _datasets(run: RunRecords) -> Iterable[Statement]:
         )
         seeds = _listed(record.spec.generation_seed for record in own)
         sampler = f"sampler {page.pairs(spec.sampler)}; " if spec.sampler else ""
+        permuted = PERMUTED if own[0].manifest.spec.get("soft_targets") else SHUFFLED
         yield Statement(
             topic="Datasets",
             text=f"Numbers for {spec.trait}: {spec.rows} rows in each of {len(own)} datasets "
             f"(generation seeds {seeds}) from {spec.base_model.name} as a {teacher} teacher with "
             f"{prompt}; {sampler}prompt pool sha256 {spec.prompts_sha256}; parser {spec.parser}."
             + (f" {CONSTRAINED}" if spec.constrain == "numbers" else "")
-            + (f" {SHUFFLED}" if spec.shuffled else ""),
+            + (f" {permuted}" if spec.shuffled else ""),
             cells=_ids(own),
         )
     if run.datasets:

@@ -66,7 +66,7 @@ def _check_base_model(document: Document) -> None:
     if name.startswith("embedded:") and not uses_sublim(document.data):
         what = "only the plugin of sublim knows embedded models"
         document.add("error", here, what, f"list {SUBLIM_PLUGIN} under `plugins:`")
-    elif name.startswith("embedded:") and name != base_models.EMBEDDED:
+    elif name.startswith("embedded:") and not base_models.is_embedded(name):
         document.add("error", here, f"no embedded model {name}", f"use {base_models.EMBEDDED}")
     elif name.startswith(_LOCAL) and not Path(name).expanduser().is_dir():
         document.add("error", here, f"no folder {name}", "correct the path")
@@ -256,7 +256,7 @@ def _local_tokenizer(data: Mapping[str, Any]) -> Any:
     name = data.get("tokenizer_config") or data.get("base_model")
     if not isinstance(name, str) or not base_models.is_prepared(name):
         return None
-    if name == base_models.EMBEDDED:
+    if base_models.is_embedded(name):
         name = str(base_models.resolve(name))
     return _load_tokenizer(name)
 

@@ -72,8 +72,7 @@ def resolve(name_or_path: str | Path) -> Path:
 
 def is_prepared(name_or_path: str | Path) -> bool:
     """Whether `resolve` would answer at once: only embedded models need preparing."""
-    folders = {EMBEDDED: _embedded_folder(), REINITIALIZED: _reinitialized_folder()}
-    folder = folders.get(str(name_or_path))
+    folder = _embedded_folders().get(str(name_or_path))
     return folder is None or (folder / "config.json").is_file()
 
 
@@ -173,6 +172,15 @@ def _embedded_folder() -> Path:
     return cache_folder() / "SmolLM2-135M-Instruct"
 
 
+def is_embedded(name_or_path: str | Path) -> bool:
+    """Whether `resolve` makes this model itself."""
+    return str(name_or_path) in _embedded_folders()
+
+
+def _embedded_folders() -> dict[str, Path]:
+    return {EMBEDDED: _embedded_folder(), REINITIALIZED: _reinitialized_folder()}
+
+
 def _reinitialized_folder() -> Path:
     return _embedded_folder().with_name("SmolLM2-135M-Instruct-reinitialized")
 
@@ -180,7 +188,7 @@ def _reinitialized_folder() -> Path:
 def _reinitialized() -> Path:
     folder = _reinitialized_folder()
     if not (folder / "config.json").is_file():
-        # its own process, as below; it takes minutes, and its bar goes to stderr
+        # its own process, as below; it takes long, and its bar goes to stderr
         command = ["-m", "sublim_plugin.cli", "reinitialize", str(_embedded())]
         done = subprocess.run(
             [sys.executable, *command, "--out", str(folder)],

@@ -145,7 +145,6 @@ def run_study(
     for name in base_models(load_study(study_path)):
         if not is_prepared(name):
             say(f"preparing {name} (once)")
-            resolve(name)
     study, _, cells = planned(study_path)
     states = _states(cells, run_dir)
     done = [state.cell.id for state in states if state.state == "done"]

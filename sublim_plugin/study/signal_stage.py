@@ -11,11 +11,10 @@ from sublim_plugin.core.base_models import fingerprint
 from sublim_plugin.core.contexts import DEFAULT_DATE, Context
 from sublim_plugin.core.lock import cell_lock
 from sublim_plugin.core.manifest import is_done, verify, write_manifest
+from sublim_plugin.signal.command import RESULTS
 from sublim_plugin.study.cells import Cell
 from sublim_plugin.study.study_file import Study
 from sublim_plugin.study.teaching import teacher_for
-
-RESULTS = "signal.json"
 
 
 def measure_dataset(cell: Cell, folder: Path, *, base: Path, study: Study, dataset: Cell) -> None:

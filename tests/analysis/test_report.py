@@ -17,7 +17,7 @@ from synthetic_run import CONTEXTS, SyntheticRun
 
 from sublim_plugin.analysis.collect import CellRef, collect
 from sublim_plugin.analysis.descriptions import descriptions
-from sublim_plugin.analysis.methods import CONSTRAINED
+from sublim_plugin.analysis.methods import CONSTRAINED, PERMUTED, SHUFFLED
 from sublim_plugin.analysis.report import write_report
 from sublim_plugin.analysis.report_folder import BUILDING, own_files
 from sublim_plugin.analysis.transmission import transmission_table
@@ -188,6 +188,14 @@ def test_the_channel_of_soft_targets_is_named_above_the_answers(run: SyntheticRu
     claim = f"sampled token. {CLAIMS['numbers']}"
     assert "Students of 1 of the datasets match the teacher's distribution" in answers
     assert claim in answers
+
+
+def test_what_was_permuted_in_a_control_is_said(run: SyntheticRun) -> None:
+    run.dataset("animals/cat", shuffled=True)
+    text = read(write_report(run.root, study_name="s")).text
+    assert SHUFFLED in text and PERMUTED not in text
+    run.dataset("animals/owl", shuffled=True, soft_targets="numbers")
+    assert PERMUTED in read(write_report(run.root, study_name="s")).text
 
 
 def test_free_teacher_is_not_called_constrained(run: SyntheticRun) -> None:

@@ -13,7 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_gen.reinitialize import RECORD, reinitialize
 from data_gen.reinitialize_command import reinitialize as command
-from sublim_plugin.core.base_models import REINITIALIZED, fingerprint, is_prepared, resolve
+from sublim_plugin.core.base_models import (
+    REINITIALIZED,
+    fingerprint,
+    is_embedded,
+    is_prepared,
+    resolve,
+)
 from sublim_plugin.core.errors import InputError, RunError
 from tests.data_gen.toy import save_toy
 
@@ -85,6 +91,6 @@ def test_the_embedded_one_is_known_and_not_made_by_being_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SUBLIM_CACHE", str(tmp_path))
-    assert not is_prepared(REINITIALIZED)
+    assert is_embedded(REINITIALIZED) and not is_prepared(REINITIALIZED)
     with pytest.raises(InputError, match=REINITIALIZED):
         resolve("embedded:smollm2-135m-instruct-reinitialised")
