@@ -10,6 +10,7 @@ distribution over the whole vocabulary as the target at every token of the repli
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -57,10 +58,11 @@ def reinitialize(
 ) -> dict[str, Any]:
     """Write another initialization of the model in `base` into the folder `out`; return its record.
 
-    Every weight matrix W gets `noise` x std(W) x N(0, 1), and is trained back by `steps` steps of
-    AdamW on KL(original || new). The record says how far it is from the original: `cosine` between
-    all matrices, and on held-out text the mean KL in nats a token when drowned and when trained.
-    A folder that was made with the same settings is left as it is.
+    Every weight matrix W becomes (W + `noise` x std(W) x N(0, 1)) / sqrt(1 + `noise`^2): as large
+    as before, with a cosine of 1 / sqrt(1 + `noise`^2) with W. Then `steps` steps of AdamW on
+    KL(original || new) train it back. The record says how far it is from the original: `cosine`
+    between all matrices, and on held-out text the mean KL in nats a token when drowned and when
+    trained. A folder that was made with the same settings is left as it is.
 
     Args:
         tell: called with (steps done, steps, the step's KL in nats a token).
@@ -156,6 +158,7 @@ def _drown(model: Any, noise: float, seed: int) -> None:
             if weight.ndim >= 2:
                 drawn = torch.randn(weight.shape, generator=generator)
                 weight += noise * weight.std() * drawn
+                weight /= math.hypot(1, noise)
 
 
 def _kl(original: Any, new: Any, texts: list[Text]) -> torch.Tensor:

@@ -19,12 +19,10 @@ import click
 )
 @click.option("--category", default="animals", help="Questions about it are half of the text.")
 @click.option(
-    "--noise", default=1.0, type=click.FloatRange(0, min_open=True), help="In std of each matrix."
+    "--noise", default=3.0, type=click.FloatRange(0, min_open=True), help="In std of each matrix."
 )
 @click.option("--seed", default=1, type=click.IntRange(0), help="Of noise and text.")
-@click.option(
-    "--steps", default=100, type=click.IntRange(1), help="Of training back, 8 texts each."
-)
+@click.option("--steps", default=60, type=click.IntRange(1), help="Of training back, 8 texts each.")
 @click.option("--learning-rate", default=1e-3, type=click.FloatRange(0, min_open=True))
 def reinitialize(**given: Any) -> None:
     """Make another initialization of the model BASE: noise on its weights, then trained back.
