@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -136,7 +137,8 @@ def specificity_tables(run: RunRecords, rows: Sequence[TransmissionRow]) -> list
 
     Rows are the trait whose numbers the student saw, columns the trait asked about, against the
     base's probability of that trait; blocks are generation seeds. A value is the mean over training
-    seeds, then over the LoRA ranks that every trait has. Needs two traits.
+    seeds, then over the LoRA ranks that every trait has. Needs two traits. Teachers of one trait
+    are never put together; those of two traits are, where each has one.
     """
     probes = {probe.id: probe for probe in run.probes}
     means: dict[str, dict[str, float]] = {}
@@ -153,10 +155,16 @@ def specificity_tables(run: RunRecords, rows: Sequence[TransmissionRow]) -> list
 
     by_target = groups(row for row in rows if row.rank is not None)
     names = group_names(by_target)
-    families: dict[tuple[str, str, str, str], list[TransmissionRow]] = {}
-    titles: dict[tuple[str, str, str, str], str] = {}
+    alike = Counter(
+        (g.target, *g.contexts, own[0].family, g.scaling) for g, own in by_target.items()
+    )
+    pooled = {key[1:] for key, count in alike.items() if count > 1}
+    families: dict[tuple[str, ...], list[TransmissionRow]] = {}
+    titles: dict[tuple[str, ...], str] = {}
     for group, own in by_target.items():
-        key = (*group.contexts, own[0].family, group.scaling)
+        key: tuple[str, ...] = (*group.contexts, own[0].family, group.scaling)
+        if key in pooled:  # a trait has several teachers: one table for each, by its name
+            key += (names[group],)
         families.setdefault(key, []).extend(own)
         titles.setdefault(key, names[group])
     found = []

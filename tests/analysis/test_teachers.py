@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from sublim_plugin.analysis.collect import collect, student_names
 from sublim_plugin.analysis.report import write_report
+from sublim_plugin.analysis.square_tables import specificity_tables
 from sublim_plugin.analysis.transmission import transmission_table
 from tests.analysis.synthetic_run import SyntheticRun
 
@@ -127,3 +130,24 @@ def test_students_have_names_of_their_own(tmp_path: Path) -> None:
         f"{full}, matched to the loss of {lora}",
         "animals/cat LoRA r=4",
     ]
+
+
+def test_teachers_of_two_strengths_have_a_square_each(tmp_path: Path) -> None:
+    """Weak teachers leave nothing in their students, strong ones 2 nats in those of the cat."""
+    run = SyntheticRun(tmp_path)
+    run.probe(None, "none")
+    for rate in (5e-4, 1e-3):
+        for seed in (1, 2):
+            for trait in ("animals/cat", "animals/owl"):
+                teacher = run.teacher(trait, seed, rate)
+                dataset = run.dataset(trait, seed, taught_by=teacher, taught_as="teacher")
+                student = run.student(dataset, trait, 8, seed)
+                run.probe(student, "none", shift=2.0 * (trait == "animals/cat" and rate == 1e-3))
+    records = collect(tmp_path)
+    weak, strong = specificity_tables(records, transmission_table(records))
+    assert weak.square is not None and strong.square is not None
+    assert "0.0005" in weak.name and "0.001" in strong.name
+    assert len(weak.square.rows) == len(strong.square.rows) == 4
+    assert not {*weak.square.rows} & {*strong.square.rows}
+    means = [table.square.values_DIJ[:, 0, 0].mean() for table in (weak, strong) if table.square]
+    assert means[0] == pytest.approx(0, abs=0.7) and means[1] == pytest.approx(2, abs=0.7)
